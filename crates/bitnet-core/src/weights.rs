@@ -1,0 +1,142 @@
+//! Weights on their way from a file to a device: who they are, not how a kernel wants them.
+//!
+//! A backend reads rows through [`TernaryRows`] and [`FloatRows`] and lays them out as its kernels
+//! like it. Sources decode on demand, so no second full copy of a model ever exists.
+//! Knows nothing of files; `bitnet-quant` implements these traits for every packing.
+
+use bytes::Bytes;
+use std::sync::Arc;
+
+/// Largest number of columns a ternary matrix may have.
+///
+/// Kernels sum `code × activation` in 32-bit integers with up to 6 bits of head-room taken by
+/// fields that were not shifted down: `3·64 · 128 · cols/4 < 2³¹` holds below 349,525.
+pub const MAX_TERNARY_COLS: usize = 262_144;
+
+/// What one unit of a ternary code is worth.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scales {
+    /// One scale for the whole matrix (BitNet b1.58).
+    Tensor(f32),
+    /// One scale for each output row, length `rows` (fused or sharded checkpoints).
+    Row(Vec<f32>),
+    /// One scale for each `group` consecutive columns of each row; row-major
+    /// `(rows, cols.div_ceil(group))`. `group` is a multiple of 16.
+    Group {
+        /// Columns that share a scale.
+        group: usize,
+        /// `(rows, cols.div_ceil(group))`, row-major.
+        values: Vec<f32>,
+    },
+}
+
+/// How the input of a ternary product is quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationQuant {
+    /// 8-bit absmax over the whole token: what BitNet b1.58 models are trained with.
+    PerToken,
+    /// 8-bit absmax over groups of this many columns: for ternary weights trained with float
+    /// activations. A multiple of 16 that divides or equals the weight group.
+    PerGroup(usize),
+}
+
+/// A ternary matrix `(rows, cols)` = `(out_features, in_features)`, as codes.
+///
+/// Code `c` stands for the value `c − 1`: 0, 1, 2 are −1, 0, +1. Code 3 (+2) occurs only in
+/// packings that define it.
+pub trait TernaryRows: Send + Sync {
+    /// Output features.
+    fn rows(&self) -> usize;
+    /// Input features.
+    fn cols(&self) -> usize;
+    /// What a code is worth.
+    fn scales(&self) -> &Scales;
+    /// Writes the codes of row `row` (`< rows`), one per byte, into `out` (length `cols`).
+    fn decode_row(&self, row: usize, out: &mut [u8]);
+    /// Tells the source that nothing will be read from it for a while, so that mapped file pages
+    /// may be dropped from memory.
+    fn release(&self) {}
+}
+
+/// Number format of a float matrix held as raw bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatType {
+    /// IEEE single, 4 bytes.
+    F32,
+    /// IEEE half, 2 bytes.
+    F16,
+    /// bfloat16, 2 bytes.
+    BF16,
+}
+
+impl FloatType {
+    /// Bytes of one number.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+/// A float matrix `(rows, cols)`: embeddings, heads, unquantized projections.
+pub trait FloatRows: Send + Sync {
+    /// Output features, or vocabulary size.
+    fn rows(&self) -> usize;
+    /// Input features, or hidden size.
+    fn cols(&self) -> usize;
+    /// Writes row `row` (`< rows`) into `out` (length `cols`).
+    fn decode_row(&self, row: usize, out: &mut [f32]);
+    /// The matrix as little-endian, row-major numbers without padding, where that is what the
+    /// source holds: a backend may keep these bytes (perhaps a file mapping) instead of a copy.
+    /// No alignment is promised.
+    fn raw(&self) -> Option<(FloatType, Bytes)> {
+        None
+    }
+    /// As [`TernaryRows::release`].
+    fn release(&self) {}
+}
+
+/// The matrix of a projection.
+#[derive(Clone)]
+pub enum Matrix {
+    /// Ternary weights with 8-bit activations.
+    Ternary {
+        /// The codes and scales.
+        weights: Arc<dyn TernaryRows>,
+        /// How the input is quantized.
+        activations: ActivationQuant,
+    },
+    /// Float weights with float activations.
+    Float(Arc<dyn FloatRows>),
+}
+
+impl Matrix {
+    /// `(rows, cols)`.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Ternary { weights, .. } => (weights.rows(), weights.cols()),
+            Self::Float(weights) => (weights.rows(), weights.cols()),
+        }
+    }
+}
+
+/// A root-mean-square norm: `y = x / sqrt(mean(x²) + eps) · weight`, in f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NormWeights {
+    /// One factor per feature.
+    pub weight: Vec<f32>,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// A linear projection `y = W·norm(x) + b`.
+#[derive(Clone)]
+pub struct LinearWeights {
+    /// `W`, shape `(out_features, in_features)`.
+    pub matrix: Matrix,
+    /// `b`, length `out_features`.
+    pub bias: Option<Vec<f32>>,
+    /// A norm of this projection's own, applied to its input after any norm the block applies.
+    pub input_norm: Option<NormWeights>,
+}
