@@ -1,1 +1,1 @@
-//! placeholder
+//! How does a prompt become text?
