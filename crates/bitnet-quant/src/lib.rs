@@ -6,4 +6,7 @@
 #![deny(unsafe_code)] // one exception: the file mapping
 
 pub mod config;
+pub mod error;
 pub mod text;
+
+pub use error::{Error, Result};
