@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod error;
+pub mod mapping;
 pub mod text;
 
 pub use error::{Error, Result};
