@@ -6,6 +6,7 @@
 //! It knows nothing of files, tokens or model names.
 
 pub mod backend;
+pub mod cpu;
 pub mod error;
 pub mod weights;
 
