@@ -8,6 +8,7 @@
 pub mod config;
 pub mod error;
 pub mod mapping;
+pub mod pack;
 pub mod text;
 
 pub use error::{Error, Result};
