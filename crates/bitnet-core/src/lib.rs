@@ -8,6 +8,8 @@
 pub mod backend;
 pub mod cpu;
 pub mod error;
+pub mod kernels;
+pub mod threads;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -1,0 +1,234 @@
+//! Float matrices as they lie in a file: f32, f16 or bf16 bytes, perhaps mapped, at any alignment.
+//! Kept as they are where the source has them, so that loading a head costs nothing.
+
+use super::memory::{Block, WeightMemory};
+use super::{Kernels, TILE_ROWS};
+use crate::error::{Error, Result};
+use crate::threads::{Parts, ThreadPool, share};
+use crate::weights::{FloatRows, FloatType};
+use bytes::Bytes;
+use std::ops::Range;
+
+/// Up to 16 consecutive rows of a float matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct FloatTile<'a> {
+    /// Little-endian numbers, row-major.
+    pub bytes: &'a [u8],
+    /// Their format.
+    pub dtype: FloatType,
+    /// Numbers in a row.
+    pub cols: usize,
+}
+
+impl FloatTile<'_> {
+    /// Number of rows.
+    pub fn n_rows(&self) -> usize {
+        self.bytes.len() / (self.cols * self.dtype.size())
+    }
+}
+
+/// A number format of weights.
+pub(super) trait Number {
+    const SIZE: usize;
+    /// The number in the first `SIZE` little-endian bytes, exactly.
+    fn decode(bytes: &[u8]) -> f32;
+}
+
+impl Number for f32 {
+    const SIZE: usize = 4;
+
+    #[inline(always)]
+    fn decode(bytes: &[u8]) -> f32 {
+        f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    }
+}
+
+impl Number for half::bf16 {
+    const SIZE: usize = 2;
+
+    #[inline(always)]
+    fn decode(bytes: &[u8]) -> f32 {
+        f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16)
+    }
+}
+
+impl Number for half::f16 {
+    const SIZE: usize = 2;
+
+    /// Moves exponent and mantissa to their places in an f32 and corrects the exponent's bias by a
+    /// multiplication, which also makes normal numbers of subnormal ones. No branch, no table.
+    #[inline(always)]
+    fn decode(bytes: &[u8]) -> f32 {
+        let bits = u32::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+        let finite = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+        let special = f32::from_bits(0x7f80_0000 | (bits & 0x3ff) << 13);
+        let magnitude = if bits & 0x7c00 == 0x7c00 { special } else { finite };
+        f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+    }
+}
+
+/// A float matrix `(rows, cols)` for the kernels.
+pub struct FloatMatrix {
+    rows: usize,
+    cols: usize,
+    dtype: FloatType,
+    bytes: Storage,
+}
+
+enum Storage {
+    /// The source's own.
+    Shared(Bytes),
+    /// Decoded.
+    Own(Block),
+}
+
+impl FloatMatrix {
+    /// Takes the source's bytes; a source that has no plain numbers is decoded to f16.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the bytes are not `rows · cols` numbers, [`Error::Invalid`] if there are
+    /// none, [`Error::OutOfMemory`] if there is no room.
+    pub fn new(
+        source: &dyn FloatRows,
+        pool: &ThreadPool,
+        memory: &mut WeightMemory,
+    ) -> Result<Self> {
+        let (rows, cols) = (source.rows(), source.cols());
+        let len = |dtype: FloatType| {
+            let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+            bytes.ok_or_else(|| Error::invalid("float matrix", format!("{rows}×{cols} overflows")))
+        };
+        if rows == 0 || cols == 0 {
+            return Err(Error::invalid("float matrix", format!("{rows}×{cols} is empty")));
+        }
+        if let Some((dtype, bytes)) = source.raw() {
+            if bytes.len() != len(dtype)? {
+                return Err(Error::shape("bytes of a float matrix", len(dtype)?, bytes.len()));
+            }
+            return Ok(Self { rows, cols, dtype, bytes: Storage::Shared(bytes) });
+        }
+        let mut block = memory.take(len(FloatType::F16)?)?;
+        let parts = Parts::new(&mut block);
+        pool.run(&|thread| {
+            let mut decoded = vec![0.0; cols];
+            for row in share(rows, pool.threads(), thread) {
+                source.decode_row(row, &mut decoded);
+                // SAFETY: rows are shared out once each, and rows do not overlap.
+                let out = unsafe { parts.part(row * cols * 2..(row + 1) * cols * 2) };
+                for (out, &x) in out.as_chunks_mut::<2>().0.iter_mut().zip(&decoded) {
+                    *out = half::f16::from_f32(x).to_le_bytes();
+                }
+            }
+        });
+        source.release();
+        Ok(Self { rows, cols, dtype: FloatType::F16, bytes: Storage::Own(block) })
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Tiles of 16 rows; the last may be shorter.
+    pub fn n_tiles(&self) -> usize {
+        self.rows.div_ceil(TILE_ROWS)
+    }
+
+    /// Consecutive rows; a tile if there are at most 16.
+    pub fn rows_at(&self, rows: Range<usize>) -> FloatTile<'_> {
+        let bytes = match &self.bytes {
+            Storage::Shared(bytes) => &bytes[..],
+            Storage::Own(block) => &block[..],
+        };
+        let row_bytes = self.cols * self.dtype.size();
+        FloatTile {
+            bytes: &bytes[rows.start * row_bytes..rows.end.min(self.rows) * row_bytes],
+            dtype: self.dtype,
+            cols: self.cols,
+        }
+    }
+
+    /// Writes row `row` into `out` (length `cols`), as f32.
+    ///
+    /// # Panics
+    /// If `row` is not below `rows` or `out` has another length.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.cols);
+        let bytes = self.rows_at(row..row + 1).bytes;
+        match self.dtype {
+            FloatType::F32 => decode::<f32>(bytes, out),
+            FloatType::F16 => decode::<half::f16>(bytes, out),
+            FloatType::BF16 => decode::<half::bf16>(bytes, out),
+        }
+    }
+
+    /// `out = x · Wᵀ` for `x` `(n_tokens, cols)` and `out` `(n_tokens, rows)`.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub fn project(
+        &self,
+        pool: &ThreadPool,
+        kernels: &Kernels,
+        x: &[f32],
+        n_tokens: usize,
+        out: &mut [f32],
+    ) {
+        /// Tokens whose results fit on the stack.
+        const TOKENS: usize = 16;
+        assert!(x.len() == n_tokens * self.cols && out.len() == n_tokens * self.rows);
+        let out = Parts::new(out);
+        pool.run(&|thread| {
+            let tiles = share(self.n_tiles(), pool.threads(), thread);
+            let mut y = [0.0; TOKENS * TILE_ROWS];
+            for tile in tiles {
+                let rows = tile * TILE_ROWS..self.rows.min((tile + 1) * TILE_ROWS);
+                let weights = self.rows_at(rows.clone());
+                for (block, x) in x.chunks(TOKENS * self.cols).enumerate() {
+                    let n = x.len() / self.cols;
+                    kernels.float_products(&weights, x, n, &mut y[..n * TILE_ROWS]);
+                    for (i, y) in y.chunks_exact(TILE_ROWS).take(n).enumerate() {
+                        let at = (block * TOKENS + i) * self.rows;
+                        // SAFETY: tiles are shared out once each, so the row ranges are disjoint.
+                        let out = unsafe { out.part(at + rows.start..at + rows.end) };
+                        out.copy_from_slice(&y[..rows.len()]);
+                    }
+                }
+            }
+        });
+    }
+
+    /// Bytes held, mapped ones included.
+    pub fn memory_bytes(&self) -> u64 {
+        (self.rows * self.cols * self.dtype.size()) as u64
+    }
+}
+
+fn decode<N: Number>(bytes: &[u8], out: &mut [f32]) {
+    for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(N::SIZE)) {
+        *out = N::decode(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_decodes_exactly() {
+        for bits in 0..=u16::MAX {
+            let bytes = bits.to_le_bytes();
+            let (ours, theirs) =
+                (<half::f16 as Number>::decode(&bytes), half::f16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan());
+            let (ours, theirs) =
+                (<half::bf16 as Number>::decode(&bytes), half::bf16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan());
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! The inner loops of the CPU path, one set for each instruction set, chosen once at run time.
+//!
+//! `scalar` is the specification: plain loops without `unsafe`. Every other set has the same
+//! functions with the same results to the last bit, integers and floats alike, and is tested
+//! against it by one runner (`tests` below). A [`Kernels`] value is only handed out when the CPU
+//! has the features its functions were compiled for, so its methods are safe to call.
+//!
+//! Knows slices, not models or threads. Adding an instruction set: write a file with the
+//! functions of `scalar` that gain from it, list its `Kernels` in `KNOWN`.
+
+mod float;
+mod memory;
+mod packed;
+mod quantized;
+mod scalar;
+#[cfg(test)]
+mod tests;
+
+pub use float::{FloatMatrix, FloatTile};
+pub use memory::{BLOCK_ALIGN, WeightMemory};
+pub use packed::{PackedTernary, STEP_BYTES, STEP_COLS, TILE_ROWS};
+pub(crate) use quantized::{Grouping, QuantizedTokens};
+pub use quantized::{Rescale, TokenCodes, WeightScales};
+
+use crate::backend::Activation;
+use crate::error::{Error, Result};
+use crate::weights::NormWeights;
+
+/// The environment variable that forces a set of kernels by name.
+pub const KERNEL_VARIABLE: &str = "BITNET_KERNEL";
+
+/// Consecutive tiles of a ternary matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct Tiles<'a> {
+    /// Their bytes in the R16 layout, [`STEP_BYTES`]` · steps` for each tile.
+    pub codes: &'a [u8],
+    /// Steps of 16 columns in a tile.
+    pub steps: usize,
+    /// Steps whose products are summed together; `steps` where the whole row is.
+    pub group_steps: usize,
+}
+
+impl Tiles<'_> {
+    /// Number of tiles.
+    pub fn n_tiles(&self) -> usize {
+        self.codes.len() / (self.steps * STEP_BYTES)
+    }
+
+    /// Sums each row has.
+    pub fn n_groups(&self) -> usize {
+        self.steps.div_ceil(self.group_steps)
+    }
+}
+
+type ProductsFn = unsafe fn(&Tiles<'_>, &TokenCodes<'_>, &mut [i32]);
+type RescaleFn = unsafe fn(&Rescale<'_>, &mut [f32]);
+type QuantizeFn = unsafe fn(&[f32], usize, usize, &mut [i8], &mut [f32], &mut [i32]);
+type NormFn = unsafe fn(&[f32], &NormWeights, &mut [f32]);
+type GateFn = unsafe fn(Activation, &mut [f32], &[f32]);
+type PackTileFn = unsafe fn(&[u8], &mut [u8]);
+type FloatFn = unsafe fn(&FloatTile<'_>, &[f32], usize, &mut [f32]);
+
+/// A set of kernels for one instruction set, available on this CPU.
+pub struct Kernels {
+    name: &'static str,
+    supported: fn() -> bool,
+    products: ProductsFn,
+    rescale: RescaleFn,
+    quantize: QuantizeFn,
+    norm: NormFn,
+    gate: GateFn,
+    pack_tile: PackTileFn,
+    float_products: FloatFn,
+}
+
+/// Every set compiled for this architecture, fastest first. Private: see [`Kernels::available`].
+static KNOWN: &[&Kernels] = &[&SCALAR];
+
+static SCALAR: Kernels = Kernels {
+    name: "scalar",
+    supported: || true,
+    products: scalar::products,
+    rescale: scalar::rescale,
+    quantize: scalar::quantize,
+    norm: scalar::norm,
+    gate: scalar::gate,
+    pack_tile: scalar::pack_tile,
+    float_products: scalar::float_products,
+};
+
+impl Kernels {
+    /// The sets this CPU can run, fastest first; `scalar` is always the last.
+    pub fn available() -> Vec<&'static Self> {
+        KNOWN.iter().copied().filter(|kernels| (kernels.supported)()).collect()
+    }
+
+    /// The set that [`KERNEL_VARIABLE`] names, or the fastest one.
+    ///
+    /// # Errors
+    /// As [`Kernels::by_name`].
+    pub fn detect() -> Result<&'static Self> {
+        match std::env::var(KERNEL_VARIABLE) {
+            Ok(name) if !name.is_empty() => Self::by_name(&name),
+            Ok(_) | Err(std::env::VarError::NotPresent) => Ok(Self::available()[0]),
+            Err(e) => Err(Error::invalid(KERNEL_VARIABLE, e.to_string())),
+        }
+    }
+
+    /// The set with this name.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the names that would do, if there is none or this CPU lacks its
+    /// instructions.
+    pub fn by_name(name: &str) -> Result<&'static Self> {
+        let available = Self::available();
+        available.iter().copied().find(|kernels| kernels.name == name).ok_or_else(|| {
+            let names: Vec<_> = available.iter().map(|kernels| kernels.name).collect();
+            let reason = match KNOWN.iter().any(|kernels| kernels.name == name) {
+                true => "this CPU lacks the instructions",
+                false => "no such kernels on this architecture",
+            };
+            Error::invalid(
+                format!("kernels {name:?}"),
+                format!("{reason}; available: {}", names.join(", ")),
+            )
+        })
+    }
+
+    /// The name, as in [`KERNEL_VARIABLE`] and reports.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Sums of `code · activation` for every row of `tiles` and every token:
+    /// `sums[((tile · n_tokens + token) · n_groups + group) · 16 + row]`. Exact.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub fn products(&self, tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+        assert!(tiles.steps > 0 && tiles.group_steps > 0);
+        assert_eq!(tiles.codes.len() % (tiles.steps * STEP_BYTES), 0);
+        assert!(tokens.stride >= tiles.steps * STEP_COLS);
+        assert!(tokens.codes.len() >= tokens.n_tokens * tokens.stride);
+        let n_sums = tiles.n_tiles() * tokens.n_tokens * tiles.n_groups() * TILE_ROWS;
+        assert_eq!(sums.len(), n_sums);
+        // SAFETY: the CPU has the features, as `available` saw to; the lengths are as the kernels
+        // of every set assume: checked above.
+        unsafe { (self.products)(tiles, tokens, sums) }
+    }
+
+    /// Turns the sums of [`Kernels::products`] into outputs: `out[(tile · n_tokens + token) · 16 +
+    /// row]`, in one order of operations (see [`Rescale`]).
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub fn rescale(&self, job: &Rescale<'_>, out: &mut [f32]) {
+        job.check(out.len());
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { (self.rescale)(job, out) }
+    }
+
+    /// Quantizes one token to 8 bits, absmax over every `scale_cols` columns:
+    /// `out = round_half_even(x · 127 / max(|x|, 1e-5))`, `scales = max(|x|, 1e-5) / 127`, and
+    /// `sums` of the results over every `sum_cols` columns. `out` beyond `x` becomes 0. A span
+    /// with a NaN or an infinity gets zeros and the scale NaN, so that it cannot pass unseen.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub fn quantize(
+        &self,
+        x: &[f32],
+        scale_cols: usize,
+        sum_cols: usize,
+        out: &mut [i8],
+        scales: &mut [f32],
+        sums: &mut [i32],
+    ) {
+        assert!(scale_cols > 0 && sum_cols > 0 && out.len() >= x.len());
+        assert_eq!(scales.len(), x.len().div_ceil(scale_cols));
+        assert_eq!(sums.len(), x.len().div_ceil(sum_cols));
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { (self.quantize)(x, scale_cols, sum_cols, out, scales, sums) }
+    }
+
+    /// `out = x / sqrt(mean(x²) + eps) · weight` for one token.
+    ///
+    /// # Panics
+    /// If the slices differ in length.
+    pub fn norm(&self, x: &[f32], norm: &NormWeights, out: &mut [f32]) {
+        assert!(x.len() == norm.weight.len() && x.len() == out.len());
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { (self.norm)(x, norm, out) }
+    }
+
+    /// `gate = activation(gate) · up`, elementwise.
+    ///
+    /// # Panics
+    /// If the slices differ in length.
+    pub fn gate(&self, activation: Activation, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len());
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { (self.gate)(activation, gate, up) }
+    }
+
+    /// Packs 16 rows of codes, `(16, 16 · steps)`, one a byte, into a tile of `64 · steps` bytes.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub fn pack_tile(&self, codes: &[u8], out: &mut [u8]) {
+        assert!(codes.len() == 4 * out.len() && out.len().is_multiple_of(STEP_BYTES));
+        // SAFETY: the CPU has the features, as `available` saw to; lengths checked above.
+        unsafe { (self.pack_tile)(codes, out) }
+    }
+
+    /// Dot products of up to 16 float rows with `n_tokens` tokens `(n_tokens, cols)`:
+    /// `out[token · 16 + row]`; the rest of `out` is left alone. Lane `i` of 16 sums columns `i`,
+    /// `i + 16`, …, each product rounded before it is added, and the lanes fold in a fixed tree.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub fn float_products(
+        &self,
+        tile: &FloatTile<'_>,
+        x: &[f32],
+        n_tokens: usize,
+        out: &mut [f32],
+    ) {
+        assert!(tile.cols > 0 && tile.n_rows() <= TILE_ROWS);
+        assert_eq!(tile.bytes.len() % (tile.cols * tile.dtype.size()), 0);
+        assert_eq!(x.len(), n_tokens * tile.cols);
+        assert_eq!(out.len(), n_tokens * TILE_ROWS);
+        // SAFETY: the CPU has the features, as `available` saw to; lengths checked above.
+        unsafe { (self.float_products)(tile, x, n_tokens, out) }
+    }
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Kernels").field(&self.name).finish()
+    }
+}

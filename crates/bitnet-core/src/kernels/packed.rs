@@ -1,0 +1,130 @@
+//! R16, the layout of ternary weights in memory: what every kernel reads, on every CPU.
+//!
+//! A tile is 16 rows. It is stored as a straight run of steps of 16 columns, each 64 bytes:
+//!
+//! ```text
+//! step   u32 of row 0 | u32 of row 1 | … | u32 of row 15        little-endian
+//!
+//! u32    byte 3            byte 2            byte 1            byte 0
+//! bits   76  54  32  10    76  54  32  10    76  54  32  10    76  54  32  10
+//! column 15  11   7   3    14  10   6   2    13   9   5   1    12   8   4   0   (+ 16·step)
+//! ```
+//!
+//! Two bits hold a code, trit + 1. Field `j` (bits `2j`, `2j + 1` of each byte) holds columns
+//! `4j … 4j + 3`, so `(word >> 2j) & 0x03030303` is four consecutive columns as bytes: one operand
+//! of a four-way dot product whose other operand, four activations, is the same for all 16 rows.
+//! A vector of row words thus ends up as a vector of row sums, and nothing is added across lanes.
+//!
+//! Rows are padded to whole tiles and columns to whole steps. Padding is code 0; the activations
+//! of padding columns are 0, and the sums of padding rows are never looked at.
+
+use super::Kernels;
+use super::memory::{Block, WeightMemory};
+use crate::error::{Error, Result};
+use crate::threads::{Parts, ThreadPool, share};
+use crate::weights::{MAX_TERNARY_COLS, TernaryRows};
+use std::ops::Range;
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 16;
+/// Columns of a step.
+pub const STEP_COLS: usize = 16;
+/// Bytes of a step: 16 rows of 16 two-bit codes.
+pub const STEP_BYTES: usize = 64;
+
+const _: () = assert!(TILE_ROWS * STEP_COLS * 2 == STEP_BYTES * 8);
+
+/// A ternary matrix in the R16 layout, without scales.
+pub struct PackedTernary {
+    rows: usize,
+    cols: usize,
+    codes: Block,
+}
+
+impl PackedTernary {
+    /// Repacks `source`, each thread the tiles it would take in a product.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the matrix is empty or has more than [`MAX_TERNARY_COLS`] columns,
+    /// [`Error::OutOfMemory`] if there is no room.
+    pub fn new(
+        source: &dyn TernaryRows,
+        kernels: &'static Kernels,
+        pool: &ThreadPool,
+        memory: &mut WeightMemory,
+    ) -> Result<Self> {
+        let (rows, cols) = (source.rows(), source.cols());
+        if rows == 0 || cols == 0 || cols > MAX_TERNARY_COLS {
+            let reason = format!("{rows}×{cols} is empty or wider than {MAX_TERNARY_COLS} columns");
+            return Err(Error::invalid("ternary matrix", reason));
+        }
+        let n_tiles = rows.div_ceil(TILE_ROWS);
+        let tile_bytes = cols.div_ceil(STEP_COLS) * STEP_BYTES;
+        let bytes = n_tiles
+            .checked_mul(tile_bytes)
+            .ok_or_else(|| Error::OutOfMemory { what: "ternary matrix".into(), bytes: u64::MAX })?;
+        let mut packed = Self { rows, cols, codes: memory.take(bytes)? };
+        let stride = packed.padded_cols();
+        let codes = Parts::new(&mut packed.codes);
+        pool.run(&|thread| {
+            let mut decoded = vec![0; TILE_ROWS * stride];
+            for tile in share(n_tiles, pool.threads(), thread) {
+                for (r, row) in decoded.chunks_exact_mut(stride).enumerate() {
+                    match tile * TILE_ROWS + r {
+                        i if i < rows => source.decode_row(i, &mut row[..cols]),
+                        _ => row.fill(0),
+                    }
+                }
+                // SAFETY: the shares of the threads are disjoint, and so are their tiles' bytes.
+                let out = unsafe { codes.part(tile * tile_bytes..(tile + 1) * tile_bytes) };
+                kernels.pack_tile(&decoded, out);
+            }
+        });
+        Ok(packed)
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Columns rounded up to whole steps.
+    pub fn padded_cols(&self) -> usize {
+        self.cols.next_multiple_of(STEP_COLS)
+    }
+
+    /// Steps of 16 columns in a tile.
+    pub fn steps(&self) -> usize {
+        self.cols.div_ceil(STEP_COLS)
+    }
+
+    /// Tiles of 16 rows.
+    pub fn n_tiles(&self) -> usize {
+        self.rows.div_ceil(TILE_ROWS)
+    }
+
+    /// The bytes of consecutive tiles.
+    pub fn tiles(&self, tiles: Range<usize>) -> &[u8] {
+        let tile_bytes = self.steps() * STEP_BYTES;
+        &self.codes[tiles.start * tile_bytes..tiles.end * tile_bytes]
+    }
+
+    /// Bytes held.
+    pub fn memory_bytes(&self) -> u64 {
+        self.codes.len() as u64
+    }
+
+    /// The code at `(row, col)`: for tests and tools.
+    pub fn code(&self, row: usize, col: usize) -> u8 {
+        assert!(row < self.rows && col < self.cols, "({row}, {col}) is outside the matrix");
+        let tile = self.tiles(row / TILE_ROWS..row / TILE_ROWS + 1);
+        let (step, field, byte) = (col / STEP_COLS, col % STEP_COLS / 4, col % 4);
+        let at = step * STEP_BYTES + row % TILE_ROWS * 4 + byte;
+        tile[at] >> (2 * field) & 3
+    }
+}

@@ -1,0 +1,179 @@
+//! The specification: what every kernel computes, in plain loops.
+//!
+//! The `inline(always)` functions are also the bodies of the vector kernels' float parts: compiled
+//! inside a function with AVX2 or AVX-512 they become vector code with the same bits, for Rust
+//! never fuses or reorders float arithmetic. Callers have checked all lengths ([`Kernels`]).
+//!
+//! [`Kernels`]: super::Kernels
+
+use super::float::{FloatTile, Number};
+use super::quantized::{Rescale, TokenCodes, WeightScales};
+use super::{STEP_BYTES, STEP_COLS, TILE_ROWS, Tiles};
+use crate::backend::Activation;
+use crate::cpu::math;
+use crate::weights::{FloatType, NormWeights};
+
+/// Sums of `code · activation`, one for each group, token and row.
+pub(super) fn products(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+    let mut sums = sums.as_chunks_mut::<TILE_ROWS>().0.iter_mut();
+    for tile in tiles.codes.chunks_exact(tiles.steps * STEP_BYTES) {
+        for token in tokens.codes.chunks_exact(tokens.stride).take(tokens.n_tokens) {
+            let group = tile.chunks(tiles.group_steps * STEP_BYTES);
+            for (tile, token) in group.zip(token.chunks(tiles.group_steps * STEP_COLS)) {
+                let Some(sums) = sums.next() else { return };
+                *sums = [0; TILE_ROWS];
+                let (steps, columns) = (tile.as_chunks::<STEP_BYTES>().0, token.as_chunks().0);
+                for (step, columns) in steps.iter().zip(columns) {
+                    add_step(step, columns, sums);
+                }
+            }
+        }
+    }
+}
+
+/// Adds 16 columns of 16 rows.
+#[inline(always)]
+fn add_step(step: &[u8; STEP_BYTES], x: &[i8; STEP_COLS], sums: &mut [i32; TILE_ROWS]) {
+    for (sum, word) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
+        let word = u32::from_le_bytes(*word);
+        for field in 0..4 {
+            let codes = ((word >> (2 * field)) & 0x0303_0303).to_le_bytes();
+            for byte in 0..4 {
+                *sum += i32::from(codes[byte]) * i32::from(x[4 * field + byte]);
+            }
+        }
+    }
+}
+
+/// See [`Rescale`].
+#[inline(always)]
+pub(super) fn rescale(job: &Rescale<'_>, out: &mut [f32]) {
+    let n_groups = job.n_groups;
+    let sums = job.sums.as_chunks::<TILE_ROWS>().0;
+    let out = out.as_chunks_mut::<TILE_ROWS>().0;
+    for (i, (out, sums)) in out.iter_mut().zip(sums.chunks_exact(n_groups)).enumerate() {
+        let (tile, token) = (i / job.n_tokens, i % job.n_tokens);
+        let code_sums = &job.code_sums[token * n_groups..][..n_groups];
+        let mut y = [0.0; TILE_ROWS];
+        for (group, (sums, &code_sum)) in sums.iter().zip(code_sums).enumerate() {
+            let weights = match job.weights {
+                WeightScales::Tensor(scale) => &[scale; TILE_ROWS],
+                WeightScales::Row(values) => &values.as_chunks::<TILE_ROWS>().0[tile],
+                WeightScales::Group { values, n_weight_groups, sum_groups } => {
+                    let at = tile * n_weight_groups + group / sum_groups;
+                    &values.as_chunks::<TILE_ROWS>().0[at]
+                }
+            };
+            for r in 0..TILE_ROWS {
+                let mut term = (sums[r] - code_sum) as f32 * weights[r];
+                if job.scale_per_group {
+                    term *= job.token_scales[token * n_groups + group];
+                }
+                y[r] += term;
+            }
+        }
+        if !job.scale_per_group {
+            for y in &mut y {
+                *y *= job.token_scales[token];
+            }
+        }
+        *out = y;
+    }
+}
+
+/// See [`super::Kernels::quantize`].
+#[inline(always)]
+pub(super) fn quantize(
+    x: &[f32],
+    scale_cols: usize,
+    sum_cols: usize,
+    out: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
+) {
+    let spans = x.chunks(scale_cols).zip(out.chunks_mut(scale_cols));
+    for ((x, out), scale) in spans.zip(scales) {
+        // Absolute values order like their bits, NaN above infinity, so none goes unnoticed.
+        let bits = x.iter().fold(0, |max: i32, x| max.max((x.to_bits() & 0x7fff_ffff) as i32));
+        let max = f32::from_bits(bits as u32);
+        if max < f32::INFINITY {
+            let max = if max < 1e-5 { 1e-5 } else { max };
+            let factor = 127.0 / max;
+            for (out, &x) in out.iter_mut().zip(x) {
+                // |x · factor| rounds to 127 at most, so this is the clamped value.
+                *out = math::round_even_i32(x * factor) as i8;
+            }
+            *scale = max / 127.0;
+        } else {
+            out.fill(0);
+            *scale = f32::NAN;
+        }
+    }
+    out[x.len()..].fill(0);
+    for (sum, codes) in sums.iter_mut().zip(out.chunks(sum_cols)) {
+        *sum = codes.iter().map(|&code| i32::from(code)).sum();
+    }
+}
+
+/// Root-mean-square norm of one token.
+#[inline(always)]
+pub(super) fn norm(x: &[f32], norm: &NormWeights, out: &mut [f32]) {
+    math::rms_norm(x, &norm.weight, norm.eps, out);
+}
+
+/// `gate = activation(gate) · up`
+#[inline(always)]
+pub(super) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+    match activation {
+        Activation::Relu2 => {
+            for (gate, &up) in gate.iter_mut().zip(up) {
+                *gate = math::relu2(*gate) * up;
+            }
+        }
+        Activation::Silu => {
+            for (gate, &up) in gate.iter_mut().zip(up) {
+                *gate = math::silu(*gate) * up;
+            }
+        }
+    }
+}
+
+/// Packs 16 rows of codes into a tile.
+pub(super) fn pack_tile(codes: &[u8], out: &mut [u8]) {
+    let cols = codes.len() / TILE_ROWS;
+    for (i, step) in out.as_chunks_mut::<STEP_BYTES>().0.iter_mut().enumerate() {
+        for (r, word) in step.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let columns = &codes[r * cols + i * STEP_COLS..][..STEP_COLS];
+            for byte in 0..4 {
+                let field = |j: usize| (columns[4 * j + byte] & 3) << (2 * j);
+                word[byte] = field(0) | field(1) | field(2) | field(3);
+            }
+        }
+    }
+}
+
+/// Dot products of float rows.
+pub(super) fn float_products(tile: &FloatTile<'_>, x: &[f32], n_tokens: usize, out: &mut [f32]) {
+    match tile.dtype {
+        FloatType::F32 => float_rows::<f32>(tile, x, n_tokens, out),
+        FloatType::F16 => float_rows::<half::f16>(tile, x, n_tokens, out),
+        FloatType::BF16 => float_rows::<half::bf16>(tile, x, n_tokens, out),
+    }
+}
+
+fn float_rows<N: Number>(tile: &FloatTile<'_>, x: &[f32], n_tokens: usize, out: &mut [f32]) {
+    let row_bytes = tile.cols * N::SIZE;
+    for (r, row) in tile.bytes.chunks_exact(row_bytes).enumerate() {
+        for (token, x) in x.chunks_exact(tile.cols).take(n_tokens).enumerate() {
+            let mut lanes = [0.0; math::LANES];
+            let blocks = row.chunks(math::LANES * N::SIZE).zip(x.chunks(math::LANES));
+            for (weights, x) in blocks {
+                let weights = weights.chunks_exact(N::SIZE).map(N::decode);
+                for ((lane, weight), &x) in lanes.iter_mut().zip(weights).zip(x) {
+                    *lane += weight * x;
+                }
+            }
+            out[token * TILE_ROWS + r] = math::sum_lanes(lanes);
+        }
+    }
+}

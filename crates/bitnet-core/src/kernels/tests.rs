@@ -1,0 +1,460 @@
+//! One runner for every set of kernels: whatever `Kernels::available` lists must equal the scalar
+//! set bit for bit, and the scalar set a definition written without knowledge of the layout.
+
+use super::*;
+use crate::weights::{FloatType, TernaryRows};
+
+/// A 64-bit linear congruential generator; the high bits are good enough to test with.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
+        (self.0 >> 32) as u32
+    }
+
+    fn below(&mut self, n: u32) -> u32 {
+        ((u64::from(self.next()) * u64::from(n)) >> 32) as u32
+    }
+
+    /// In [−1, 1).
+    fn float(&mut self) -> f32 {
+        self.next() as i32 as f32 / (1u32 << 31) as f32
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float()).collect()
+    }
+}
+
+/// Every set but the scalar one, which is what they are compared with.
+fn others() -> impl Iterator<Item = &'static Kernels> {
+    Kernels::available().into_iter().filter(|kernels| kernels.name() != "scalar")
+}
+
+/// Codes `(rows, cols)` packed into tiles by the scalar set.
+fn pack(codes: &[u8], rows: usize, cols: usize) -> Vec<u8> {
+    let stride = cols.next_multiple_of(STEP_COLS);
+    let mut tiles = Vec::new();
+    for first in (0..rows).step_by(TILE_ROWS) {
+        let mut padded = vec![0; TILE_ROWS * stride];
+        for (row, out) in (first..rows).zip(padded.chunks_exact_mut(stride)) {
+            out[..cols].copy_from_slice(&codes[row * cols..][..cols]);
+        }
+        let mut tile = vec![0; TILE_ROWS * stride / 4];
+        SCALAR.pack_tile(&padded, &mut tile);
+        tiles.extend(tile);
+    }
+    tiles
+}
+
+/// A case of `Kernels::products`, with the sums it must give.
+struct Case {
+    tiles: Vec<u8>,
+    steps: usize,
+    group_steps: usize,
+    tokens: Vec<i8>,
+    stride: usize,
+    n_tokens: usize,
+    want: Vec<i32>,
+}
+
+impl Case {
+    /// Columns are padded with code 3, which nothing may see, unless an activation is not 0 there.
+    fn new(
+        n_tiles: usize,
+        steps: usize,
+        group_steps: usize,
+        n_tokens: usize,
+        mut code: impl FnMut(usize, usize) -> u8,
+        mut activation: impl FnMut(usize, usize) -> i8,
+    ) -> Self {
+        let (rows, cols) = (n_tiles * TILE_ROWS, steps * STEP_COLS);
+        let codes: Vec<u8> = (0..rows * cols).map(|i| code(i / cols, i % cols)).collect();
+        let stride = cols + 64;
+        // Beyond the columns of a token lies what a kernel must not read.
+        let mut tokens = vec![77; n_tokens * stride];
+        for (t, token) in tokens.chunks_exact_mut(stride).enumerate() {
+            (0..cols).for_each(|c| token[c] = activation(t, c));
+        }
+        let n_groups = steps.div_ceil(group_steps);
+        let mut want = vec![0; n_tiles * n_tokens * n_groups * TILE_ROWS];
+        for row in 0..rows {
+            for t in 0..n_tokens {
+                for c in 0..cols {
+                    let group = c / (group_steps * STEP_COLS);
+                    let at = ((row / TILE_ROWS * n_tokens + t) * n_groups + group) * TILE_ROWS;
+                    want[at + row % TILE_ROWS] +=
+                        i32::from(codes[row * cols + c]) * i32::from(tokens[t * stride + c]);
+                }
+            }
+        }
+        let tiles = pack(&codes, rows, cols);
+        Self { tiles, steps, group_steps, tokens, stride, n_tokens, want }
+    }
+
+    fn random(
+        n_tiles: usize,
+        steps: usize,
+        group_steps: usize,
+        n_tokens: usize,
+        seed: u64,
+    ) -> Self {
+        let (mut a, mut b) = (Random(seed), Random(!seed));
+        let code = |_, _| a.below(4) as u8;
+        Self::new(n_tiles, steps, group_steps, n_tokens, code, |_, _| b.next() as i8)
+    }
+
+    fn check(&self, kernels: &Kernels) {
+        let Self { steps, group_steps, n_tokens, stride, .. } = *self;
+        let tiles = Tiles { codes: &self.tiles, steps, group_steps };
+        let tokens = TokenCodes { codes: &self.tokens, stride, n_tokens };
+        let mut sums = vec![-1; self.want.len()];
+        kernels.products(&tiles, &tokens, &mut sums);
+        assert!(
+            sums == self.want,
+            "{}: {} tiles, {steps} steps in groups of {group_steps}, {n_tokens} tokens",
+            kernels.name(),
+            tiles.n_tiles(),
+        );
+    }
+}
+
+#[test]
+fn products_of_every_length() {
+    for steps in 1..=45 {
+        let case = Case::random(2, steps, steps, 1 + steps % 3, steps as u64);
+        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+    }
+}
+
+#[test]
+fn products_of_every_batch() {
+    for n_tokens in 1..=50 {
+        for n_tiles in 1..=3 {
+            let case = Case::random(n_tiles, 3, 3, n_tokens, n_tokens as u64);
+            Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+        }
+    }
+}
+
+#[test]
+fn products_in_groups() {
+    for steps in [1, 2, 7, 8, 16, 23] {
+        for group_steps in [1, 2, 4, 8, 16, 23, 40] {
+            for n_tokens in [1, 2, 5, 13] {
+                let case = Case::random(3, steps, group_steps.min(steps), n_tokens, 7);
+                Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_many_tiles() {
+    for n_tiles in 1..=9 {
+        let case = Case::random(n_tiles, 20, 20, 1, n_tiles as u64);
+        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+    }
+}
+
+#[test]
+fn products_of_extreme_values() {
+    // Constant inputs make the largest partial sums: whatever width a kernel sums in, they show it.
+    for steps in [1, 5, 10, 11, 21, 42, 43, 86, 161, 513] {
+        for code in [2, 3] {
+            for value in [127, -128] {
+                for n_tokens in [1, 2, 6] {
+                    let case = Case::new(1, steps, steps, n_tokens, |_, _| code, |_, _| value);
+                    Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+                }
+            }
+        }
+    }
+    // Signs that alternate by column, field and step keep differences from cancelling.
+    for period in [1, 2, 4, 8, 16, 32] {
+        let sign = |_, c: usize| if (c / period).is_multiple_of(2) { 127 } else { -128 };
+        let case = Case::new(2, 100, 100, 3, |r, c| ((r + c / 3) % 4) as u8, sign);
+        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+    }
+}
+
+#[test]
+fn products_of_the_widest_matrix() {
+    let steps = crate::weights::MAX_TERNARY_COLS / STEP_COLS;
+    for value in [127, -128] {
+        let case = Case::new(1, steps, steps, 1, |_, _| 3, |_, _| value);
+        assert!(case.want.iter().all(|&sum| sum == 3 * value as i32 * (16 * steps) as i32));
+        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+        let tokens: Vec<i8> =
+            case.tokens.iter().cycle().take(2 * case.tokens.len()).copied().collect();
+        let two = Case { tokens, n_tokens: 2, want: case.want.repeat(2), ..case };
+        Kernels::available().into_iter().for_each(|kernels| two.check(kernels));
+    }
+}
+
+#[test]
+fn packing_agrees() {
+    let mut random = Random(3);
+    for steps in 1..=20 {
+        let codes: Vec<u8> = (0..256 * steps).map(|_| random.below(4) as u8).collect();
+        let mut want = vec![0; 64 * steps];
+        SCALAR.pack_tile(&codes, &mut want);
+        for kernels in others() {
+            let mut got = vec![0xee; 64 * steps];
+            kernels.pack_tile(&codes, &mut got);
+            assert!(got == want, "{}: {steps} steps", kernels.name());
+        }
+    }
+}
+
+struct Codes(usize, usize, Vec<u8>, crate::weights::Scales);
+
+impl TernaryRows for Codes {
+    fn rows(&self) -> usize {
+        self.0
+    }
+
+    fn cols(&self) -> usize {
+        self.1
+    }
+
+    fn scales(&self) -> &crate::weights::Scales {
+        &self.3
+    }
+
+    fn decode_row(&self, row: usize, out: &mut [u8]) {
+        out.copy_from_slice(&self.2[row * self.1..][..self.1]);
+    }
+}
+
+#[test]
+fn a_packed_matrix_holds_every_code() {
+    let (rows, cols) = (37, 53);
+    let mut random = Random(5);
+    let codes: Vec<u8> = (0..rows * cols).map(|_| random.below(4) as u8).collect();
+    let source = Codes(rows, cols, codes.clone(), crate::weights::Scales::Tensor(1.0));
+    for kernels in Kernels::available() {
+        for threads in [1, 2, 5] {
+            let pool = crate::threads::ThreadPool::new(threads).unwrap();
+            let packed =
+                PackedTernary::new(&source, kernels, &pool, &mut WeightMemory::new()).unwrap();
+            for row in 0..rows {
+                for col in 0..cols {
+                    assert_eq!(packed.code(row, col), codes[row * cols + col]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn impossible_matrices_are_errors() {
+    let pool = crate::threads::ThreadPool::new(1).unwrap();
+    for (rows, cols) in [(0, 4), (4, 0), (1, crate::weights::MAX_TERNARY_COLS + 1)] {
+        let source = Codes(rows, cols, Vec::new(), crate::weights::Scales::Tensor(1.0));
+        let packed = PackedTernary::new(&source, &SCALAR, &pool, &mut WeightMemory::new());
+        assert!(packed.is_err(), "{rows}×{cols}");
+    }
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn quantization_follows_its_definition() {
+    let mut random = Random(11);
+    for cols in (1..=70).chain([2560, 6912]) {
+        for magnitude in [0.0, 1e-30, 1e-6, 1.0, 300.0, 1e30] {
+            let mut x: Vec<f32> = random.floats(cols).iter().map(|x| x * magnitude).collect();
+            x[cols / 2] = magnitude;
+            if cols > 3 {
+                // Ties: halves of a step.
+                x[0] = magnitude * (2.5 / 127.0);
+                x[1] = magnitude * (-3.5 / 127.0);
+            }
+            for (scale_cols, sum_cols) in [(cols, cols), (cols, 16), (16, 16), (32, 32)] {
+                let stride = cols.next_multiple_of(16) + 16;
+                let n_scales = cols.div_ceil(scale_cols);
+                let n_sums = cols.div_ceil(sum_cols);
+                let (mut want, mut scales) = (vec![0i8; stride], vec![0.0; n_scales]);
+                for (i, span) in x.chunks(scale_cols).enumerate() {
+                    let max = span.iter().fold(1e-5f32, |max, x| max.max(x.abs()));
+                    for (c, x) in span.iter().enumerate() {
+                        let q = (x * (127.0 / max)).round_ties_even().clamp(-128.0, 127.0);
+                        want[i * scale_cols + c] = q as i8;
+                    }
+                    scales[i] = max / 127.0;
+                }
+                let sums: Vec<i32> = want[..cols]
+                    .chunks(sum_cols)
+                    .map(|span| span.iter().map(|&q| i32::from(q)).sum())
+                    .collect();
+                for kernels in Kernels::available() {
+                    let mut got = (vec![9i8; stride], vec![9.0; n_scales], vec![9; n_sums]);
+                    let (codes, got_scales, got_sums) = (&mut got.0, &mut got.1, &mut got.2);
+                    kernels.quantize(&x, scale_cols, sum_cols, codes, got_scales, got_sums);
+                    let what = format!("{}: {cols} columns of {magnitude}", kernels.name());
+                    assert!(got.0 == want, "{what}");
+                    assert_eq!(bits(&got.1), bits(&scales), "{what}");
+                    assert_eq!(got.2, sums, "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantization_shows_what_is_not_finite() {
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for at in [0, 15, 16, 39] {
+            let mut x = Random(2).floats(40);
+            x[at] = bad;
+            for kernels in Kernels::available() {
+                let mut got = ([9i8; 48], [0.0; 1], [9; 1]);
+                kernels.quantize(&x, 40, 40, &mut got.0, &mut got.1, &mut got.2);
+                assert!(got.1[0].is_nan(), "{}", kernels.name());
+                assert_eq!((got.0, got.2), ([0; 48], [0]), "{}", kernels.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn rescaling_agrees() {
+    let mut random = Random(23);
+    for (n_tiles, n_tokens, n_groups) in [(1, 1, 1), (3, 1, 1), (2, 5, 1), (1, 1, 7), (2, 3, 4)] {
+        let n = n_tiles * n_tokens * n_groups;
+        let sums: Vec<i32> = (0..n * TILE_ROWS).map(|_| random.next() as i32 >> 6).collect();
+        let code_sums: Vec<i32> =
+            (0..n_tokens * n_groups).map(|_| random.next() as i32 >> 9).collect();
+        let row_scales = random.floats(n_tiles * TILE_ROWS);
+        let group_scales = random.floats(n * TILE_ROWS);
+        for scale_per_group in [false, true] {
+            let token_scales = random.floats(n_tokens * if scale_per_group { n_groups } else { 1 });
+            for weights in [
+                WeightScales::Tensor(0.37),
+                WeightScales::Row(&row_scales),
+                WeightScales::Group {
+                    values: &group_scales,
+                    n_weight_groups: n_groups,
+                    sum_groups: 1,
+                },
+                WeightScales::Group {
+                    values: &group_scales,
+                    n_weight_groups: n_groups.div_ceil(2),
+                    sum_groups: 2,
+                },
+            ] {
+                let job = Rescale {
+                    sums: &sums,
+                    n_tokens,
+                    n_groups,
+                    code_sums: &code_sums,
+                    token_scales: &token_scales,
+                    scale_per_group,
+                    weights,
+                };
+                let mut want = vec![0.0; n_tiles * n_tokens * TILE_ROWS];
+                SCALAR.rescale(&job, &mut want);
+                for kernels in others() {
+                    let mut got = vec![9.0; want.len()];
+                    kernels.rescale(&job, &mut got);
+                    assert_eq!(bits(&got), bits(&want), "{}", kernels.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn float_products_agree() {
+    let mut random = Random(31);
+    for dtype in [FloatType::F32, FloatType::F16, FloatType::BF16] {
+        for cols in (1..=70).chain([250, 1024]) {
+            for n_rows in [1, 2, 3, 4, 5, 8, 15, 16] {
+                for n_tokens in [1, 2, 3, 4, 5, 9] {
+                    if cols > 40 && (n_rows != 15 || n_tokens != 5) {
+                        continue;
+                    }
+                    // An odd offset: files promise no alignment.
+                    let mut bytes = vec![0xffu8];
+                    for _ in 0..n_rows * cols {
+                        let x = random.float() * 4.0;
+                        match dtype {
+                            FloatType::F32 => bytes.extend(x.to_le_bytes()),
+                            FloatType::F16 => bytes.extend(half::f16::from_f32(x).to_le_bytes()),
+                            FloatType::BF16 => bytes.extend(half::bf16::from_f32(x).to_le_bytes()),
+                        }
+                    }
+                    let x = random.floats(n_tokens * cols);
+                    let tile = FloatTile { bytes: &bytes[1..], dtype, cols };
+                    let mut want = vec![7.0; n_tokens * TILE_ROWS];
+                    SCALAR.float_products(&tile, &x, n_tokens, &mut want);
+                    for kernels in others() {
+                        let mut got = vec![7.0; want.len()];
+                        kernels.float_products(&tile, &x, n_tokens, &mut got);
+                        let what = format!("{dtype:?}, {n_rows}×{cols}, {n_tokens} tokens");
+                        assert_eq!(bits(&got), bits(&want), "{}: {what}", kernels.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scalar_float_products_use_the_order_of_all_sums() {
+    let mut random = Random(37);
+    let (cols, rows) = (100, 16);
+    let weights = random.floats(rows * cols);
+    let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let x = random.floats(cols);
+    let mut out = [0.0; TILE_ROWS];
+    SCALAR.float_products(
+        &FloatTile { bytes: &bytes, dtype: FloatType::F32, cols },
+        &x,
+        1,
+        &mut out,
+    );
+    for (row, y) in weights.chunks_exact(cols).zip(out) {
+        assert_eq!(y.to_bits(), crate::cpu::math::dot(row, &x).to_bits());
+    }
+}
+
+#[test]
+fn norms_and_gates_agree() {
+    let mut random = Random(41);
+    for n in 1..=100 {
+        let (x, up) = (random.floats(n), random.floats(n));
+        let norm = NormWeights { weight: random.floats(n), eps: 1e-5 };
+        let mut want = vec![0.0; n];
+        SCALAR.norm(&x, &norm, &mut want);
+        for kernels in others() {
+            let mut got = vec![9.0; n];
+            kernels.norm(&x, &norm, &mut got);
+            assert_eq!(bits(&got), bits(&want), "{}: norm of {n}", kernels.name());
+        }
+        for activation in [Activation::Relu2, Activation::Silu] {
+            let mut want: Vec<f32> = x.iter().map(|x| 9.0 * x).collect();
+            let input = want.clone();
+            SCALAR.gate(activation, &mut want, &up);
+            for kernels in others() {
+                let mut got = input.clone();
+                kernels.gate(activation, &mut got, &up);
+                assert_eq!(bits(&got), bits(&want), "{}: {activation:?}", kernels.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn names_choose() {
+    for kernels in Kernels::available() {
+        assert!(std::ptr::eq(Kernels::by_name(kernels.name()).unwrap(), kernels));
+    }
+    let error = Kernels::by_name("abacus").unwrap_err().to_string();
+    assert!(error.contains("abacus") && error.contains("scalar"), "{error}");
+    assert_eq!(Kernels::available().last().unwrap().name(), "scalar");
+}
