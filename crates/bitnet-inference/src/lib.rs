@@ -1,1 +1,5 @@
 //! How does a prompt become text?
+
+pub mod options;
+pub mod sampler;
+pub mod stop;

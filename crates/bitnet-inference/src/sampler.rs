@@ -1,0 +1,224 @@
+//! Chooses the next token from a row of logits.
+//!
+//! Order of work, as in llama.cpp: logit bias → repetition, presence and frequency penalties → DRY
+//! → top-k → typical → top-p → min-p → temperature → draw. Each filter sees the probabilities of
+//! what the one before it left, at temperature 1. Temperature 0 takes the largest logit after the
+//! penalties, ties to the lowest id.
+//!
+//! A draw depends on the seed and on how many tokens were accepted, on nothing else: the same
+//! request gives the same tokens alone, in a batch, or after a rollback, on every platform (`exp`
+//! and `ln` come from the `libm` crate, sums run in one order).
+//!
+//! Knows token ids and logits; no text, no end tokens.
+
+mod dry;
+mod filters;
+mod history;
+
+use std::collections::HashSet;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use crate::options::{BAN_BIAS, GenerationOptions, OptionsError};
+use filters::{Candidate, Distribution};
+use history::History;
+
+/// A token and what was asked to be known about its choice.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// The chosen token.
+    pub token: u32,
+    /// Natural logarithm of its probability under the unmodified logits; only if asked for.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens under the unmodified logits with their log-probabilities, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why no token could be chosen.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SampleError {
+    /// Every token is banned, or the model produced no number.
+    #[error("no token can be drawn: all {vocab} logits are NaN, minus infinity or banned")]
+    NoLegalToken {
+        /// Length of the row of logits.
+        vocab: usize,
+    },
+    /// The row of logits has another length than the vocabulary.
+    #[error("logits: expected {expected} (the vocabulary), got {got}")]
+    WrongLength {
+        /// Vocabulary size the sampler was made for.
+        expected: usize,
+        /// Length of the row it was given.
+        got: usize,
+    },
+}
+
+/// The state of one sequence's sampling: its options, its history and its place in the stream of
+/// random numbers. Cloning it or [rolling it back](Sampler::rollback) lets speculation try tokens.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    options: Arc<GenerationOptions>,
+    dry_breakers: Arc<HashSet<u32>>,
+    vocab: usize,
+    seed: u64,
+    history: History,
+    candidates: Vec<Candidate>,
+    undo: Vec<(u32, f32)>,
+}
+
+impl Sampler {
+    /// A sampler for one sequence after `prompt`, over a vocabulary of `vocab` tokens.
+    ///
+    /// Fails if an option is out of range, or if a biased or prompt token lies outside the vocabulary.
+    pub fn new(
+        options: &GenerationOptions,
+        prompt: &[u32],
+        vocab: usize,
+    ) -> Result<Self, OptionsError> {
+        options.validate()?;
+        let outside = |id: &&u32| **id as usize >= vocab;
+        let check = |field, bad: Option<&u32>| match bad {
+            Some(id) => Err(OptionsError {
+                field,
+                expected: format!("token ids below {vocab}"),
+                got: id.to_string(),
+            }),
+            None => Ok(()),
+        };
+        check("logit_bias", options.logit_bias.keys().find(outside))?;
+        check("prompt", prompt.iter().find(outside))?;
+        Ok(Self {
+            history: History::new(options, prompt),
+            dry_breakers: Arc::default(),
+            vocab,
+            seed: options.seed.unwrap_or_else(fresh_seed),
+            options: Arc::new(options.clone()),
+            candidates: Vec::new(),
+            undo: Vec::new(),
+        })
+    }
+
+    /// Sets the tokens that DRY's repetitions do not cross: those whose text holds one of
+    /// [`DryOptions::sequence_breakers`](crate::options::DryOptions::sequence_breakers).
+    #[must_use]
+    pub fn with_dry_breakers(mut self, tokens: impl IntoIterator<Item = u32>) -> Self {
+        self.dry_breakers = Arc::new(tokens.into_iter().collect());
+        self
+    }
+
+    /// The seed in use: the one asked for, or the one picked in its absence.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// How many tokens were accepted since the prompt.
+    pub fn n_accepted(&self) -> usize {
+        self.history.n_generated()
+    }
+
+    /// Chooses a token from `logits` (one per vocabulary entry). The same call again, without
+    /// [`accept`](Self::accept) between, chooses the same token.
+    ///
+    /// NaN counts as minus infinity. The row is worked on in place and restored before returning.
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled, SampleError> {
+        if logits.len() != self.vocab {
+            return Err(SampleError::WrongLength { expected: self.vocab, got: logits.len() });
+        }
+        self.adjust(logits);
+        let choice = self.choose(logits);
+        while let Some((id, logit)) = self.undo.pop() {
+            logits[id as usize] = logit;
+        }
+        let token = choice.ok_or(SampleError::NoLegalToken { vocab: self.vocab })?;
+        let Some(n_top) = self.options.logprobs else {
+            return Ok(Sampled { token, logprob: None, top: Vec::new() });
+        };
+        filters::top_k(logits, 0, &mut self.candidates);
+        let model = Distribution::of(&self.candidates);
+        let logprob = model.ln_probability(filters::finite(logits[token as usize])) as f32;
+        filters::top_k(logits, n_top.max(1) as usize, &mut self.candidates);
+        let top = self.candidates.iter().take(n_top as usize);
+        let top = top.map(|c| (c.id, model.ln_probability(c.logit) as f32)).collect();
+        Ok(Sampled { token, logprob: Some(logprob), top })
+    }
+
+    /// Appends a token to the history: the one sampled, or another that the caller decided on.
+    pub fn accept(&mut self, token: u32) {
+        self.history.push(token);
+    }
+
+    /// Forgets the last `n` accepted tokens (at most all since the prompt).
+    pub fn rollback(&mut self, n: usize) {
+        self.history.rollback(n);
+    }
+
+    /// Applies biases and penalties in place and notes what they overwrote.
+    fn adjust(&mut self, logits: &mut [f32]) {
+        let Self { options, history, undo, dry_breakers, .. } = self;
+        let mut set = |id: u32, change: &dyn Fn(f32) -> f32| {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                undo.push((id, *logit));
+                *logit = change(*logit);
+            }
+        };
+        for (&id, &bias) in &options.logit_bias {
+            set(id, &|logit| if bias <= BAN_BIAS { f32::NEG_INFINITY } else { logit + bias });
+        }
+        let repetition = options.repetition_penalty;
+        for id in history.in_window() {
+            set(id, &|logit| if logit > 0.0 { logit / repetition } else { logit * repetition });
+        }
+        for (id, count) in history.generated() {
+            let penalty = options.presence_penalty + options.frequency_penalty * count as f32;
+            set(id, &|logit| logit - penalty);
+        }
+        if let Some(dry) = &options.dry {
+            for (id, penalty) in dry::penalties(dry, history.tokens(), dry_breakers) {
+                set(id, &|logit| logit - penalty);
+            }
+        }
+    }
+
+    /// The token for these logits; `None` if none is legal.
+    fn choose(&mut self, logits: &[f32]) -> Option<u32> {
+        let options = &self.options;
+        if options.is_greedy() {
+            return filters::argmax(logits);
+        }
+        let candidates = &mut self.candidates;
+        filters::top_k(logits, options.top_k as usize, candidates);
+        filters::typical(candidates, options.typical_p);
+        filters::top_p(candidates, options.top_p);
+        filters::min_p(candidates, options.min_p);
+        filters::draw(
+            candidates,
+            options.temperature,
+            uniform(self.seed, self.history.n_generated()),
+        )
+    }
+}
+
+/// Number `index` of the stream of `seed`, uniform in [0, 1).
+///
+/// ChaCha8 is a counter-mode generator, so any place of the stream is reached at once and the
+/// position is the whole state.
+fn uniform(seed: u64, index: usize) -> f64 {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    let mut stream = ChaCha8Rng::from_seed(key);
+    stream.set_word_pos(index as u128 * 2);
+    // The 53 bits of a double's mantissa.
+    (stream.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// A seed nobody chose, from the entropy the standard library keys its hash maps with.
+fn fresh_seed() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+mod tests;
