@@ -7,7 +7,7 @@
 //!
 //! A draw depends on the seed and on how many tokens were accepted, on nothing else: the same
 //! request gives the same tokens alone, in a batch, or after a rollback, on every platform (`exp`
-//! and `ln` come from the `libm` crate, sums run in one order).
+//! and `ln` are plain arithmetic, not the system's, and sums run in one order).
 //!
 //! Knows token ids and logits; no text, no end tokens.
 
@@ -138,7 +138,7 @@ impl Sampler {
             return Ok(Sampled { token, logprob: None, top: Vec::new() });
         };
         filters::top_k(logits, 0, &mut self.candidates);
-        let model = Distribution::of(&self.candidates);
+        let model = Distribution::weigh(&mut self.candidates, 1.0);
         let logprob = model.ln_probability(filters::finite(logits[token as usize])) as f32;
         filters::top_k(logits, n_top.max(1) as usize, &mut self.candidates);
         let top = self.candidates.iter().take(n_top as usize);

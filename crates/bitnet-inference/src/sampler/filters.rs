@@ -6,11 +6,16 @@
 
 use std::cmp::Ordering;
 
-/// A token that may still be drawn. The logit is finite.
+use bitnet_core::cpu::math::exp;
+
+/// A token that may still be drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Candidate {
     pub(super) id: u32,
+    /// Finite.
     pub(super) logit: f32,
+    /// `exp((logit - max) / temperature)` as of the last [`Distribution::weigh`].
+    weight: f32,
 }
 
 /// Plus infinity beats every number but must not swallow the sums: it becomes the largest number.
@@ -46,7 +51,8 @@ pub(super) fn argmax(logits: &[f32]) -> Option<u32> {
 pub(super) fn top_k(logits: &[f32], k: usize, candidates: &mut Vec<Candidate>) {
     candidates.clear();
     let all = logits.iter().enumerate().filter(|(_, l)| legal(**l));
-    let mut all = all.map(|(id, &logit)| Candidate { id: id as u32, logit: finite(logit) });
+    let mut all =
+        all.map(|(id, &logit)| Candidate { id: id as u32, logit: finite(logit), weight: 0.0 });
     if k == 0 || k >= logits.len() {
         candidates.extend(all);
         return;
@@ -87,23 +93,26 @@ pub(super) struct Distribution {
 }
 
 impl Distribution {
-    pub(super) fn of(candidates: &[Candidate]) -> Self {
+    /// Gives every candidate its weight.
+    pub(super) fn weigh(candidates: &mut [Candidate], temperature: f32) -> Self {
         let max = candidates.iter().fold(f32::NEG_INFINITY, |max, c| max.max(c.logit)) as f64;
-        let unscaled = Self { max, total: 1.0 };
-        Self { max, total: candidates.iter().map(|c| unscaled.weight(c.logit)).sum() }
+        let inverse = 1.0 / temperature as f64;
+        let mut total = 0.0;
+        for candidate in candidates {
+            let below = candidate.logit as f64 - max;
+            candidate.weight = exp((below * inverse) as f32);
+            total += candidate.weight as f64;
+        }
+        Self { max, total }
     }
 
-    /// `exp(logit - max)`
-    fn weight(&self, logit: f32) -> f64 {
-        libm::expf((logit as f64 - self.max) as f32) as f64
-    }
-
+    /// Natural logarithm of a candidate's probability, for a temperature of 1.
     pub(super) fn ln_probability(&self, logit: f32) -> f64 {
         logit as f64 - self.max - libm::log(self.total)
     }
 }
 
-/// Keeps the shortest run of candidates, taken in `order`, whose probabilities reach `mass`.
+/// Keeps the shortest run of weighed candidates, taken in `order`, whose probabilities reach `mass`.
 fn keep_mass(
     candidates: &mut Vec<Candidate>,
     distribution: Distribution,
@@ -123,7 +132,7 @@ fn keep_mass(
         rest[..step_now].sort_unstable_by(&order);
         for candidate in &rest[..step_now] {
             sorted += 1;
-            reached += distribution.weight(candidate.logit);
+            reached += candidate.weight as f64;
             if reached >= wanted {
                 candidates.truncate(sorted);
                 return;
@@ -138,12 +147,10 @@ pub(super) fn typical(candidates: &mut Vec<Candidate>, p: f32) {
     if p >= 1.0 || candidates.len() <= 1 {
         return;
     }
-    let distribution = Distribution::of(candidates);
+    let distribution = Distribution::weigh(candidates, 1.0);
     // Entropy: the mean of -ln p, with ln p = (logit - max) - ln total.
-    let moment: f64 = candidates
-        .iter()
-        .map(|c| distribution.weight(c.logit) * (c.logit as f64 - distribution.max))
-        .sum();
+    let moment: f64 =
+        candidates.iter().map(|c| c.weight as f64 * (c.logit as f64 - distribution.max)).sum();
     let entropy = libm::log(distribution.total) - moment / distribution.total;
     let distance = |c: &Candidate| (-distribution.ln_probability(c.logit) - entropy).abs();
     keep_mass(candidates, distribution, p, |a, b| {
@@ -156,7 +163,7 @@ pub(super) fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     if p >= 1.0 || candidates.len() <= 1 {
         return;
     }
-    let distribution = Distribution::of(candidates);
+    let distribution = Distribution::weigh(candidates, 1.0);
     keep_mass(candidates, distribution, p, likelier);
 }
 
@@ -173,22 +180,15 @@ pub(super) fn min_p(candidates: &mut Vec<Candidate>, p: f32) {
 
 /// Draws from the softmax of `logit / temperature`: the candidate in whose share of [0, 1) `u`
 /// falls. `None` only for an empty list.
-pub(super) fn draw(candidates: &[Candidate], temperature: f32, u: f64) -> Option<u32> {
-    let max = candidates.iter().fold(f32::NEG_INFINITY, |max, c| max.max(c.logit)) as f64;
-    let weight =
-        |c: &Candidate| libm::expf(((c.logit as f64 - max) / temperature as f64) as f32) as f64;
-    let total: f64 = candidates.iter().map(weight).sum();
-    let target = u * total;
+pub(super) fn draw(candidates: &mut [Candidate], temperature: f32, u: f64) -> Option<u32> {
+    let target = u * Distribution::weigh(candidates, temperature).total;
     let mut reached = 0.0;
     let mut last = None;
-    for candidate in candidates {
-        let share = weight(candidate);
-        if share > 0.0 {
-            reached += share;
-            last = Some(candidate.id);
-            if reached > target {
-                break;
-            }
+    for candidate in candidates.iter().filter(|c| c.weight > 0.0) {
+        reached += candidate.weight as f64;
+        last = Some(candidate.id);
+        if reached > target {
+            break;
         }
     }
     last
