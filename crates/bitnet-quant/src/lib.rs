@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod error;
+pub mod gguf;
 pub mod mapping;
 pub mod pack;
 pub mod text;
