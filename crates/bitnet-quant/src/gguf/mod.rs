@@ -1,14 +1,16 @@
 //! GGUF, the single-file format of llama.cpp and bitnet.cpp: metadata and tensors.
 //!
-//! [`GgufFile`] opens a file without copying it.
+//! [`GgufFile`] opens a file without copying it; [`GgufWriter`] writes one tensor at a time.
 //! Architectures, tensor names and tokenizers mean nothing here; see `checkpoint`.
 
 pub mod metadata;
 pub mod read;
 pub mod types;
+pub mod write;
 
 pub use metadata::{Array, FromValue, Metadata, Value};
 pub use types::{TensorInfo, TensorType};
+pub use write::{GgufWriter, TensorSpec};
 
 use crate::error::{Error, Result};
 use crate::mapping::open_mapped;

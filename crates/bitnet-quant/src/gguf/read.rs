@@ -96,7 +96,7 @@ fn unsupported_version(version: u32) -> Error {
     Error::unsupported("GGUF version", got, "2 and 3, little-endian")
 }
 
-fn alignment(metadata: &Metadata) -> Result<usize> {
+pub(super) fn alignment(metadata: &Metadata) -> Result<usize> {
     const KEY: &str = "general.alignment";
     match metadata.value(KEY) {
         None => Ok(DEFAULT_ALIGNMENT),
@@ -184,7 +184,7 @@ fn is_bitnet_cpp(architecture: &str) -> bool {
 }
 
 /// Columns and bytes of the two blocks that share the id of Q2_0: ggml's, and PrismML's before it.
-const Q2_0_BLOCKS: [(usize, usize); 2] =
+pub(super) const Q2_0_BLOCKS: [(usize, usize); 2] =
     [(q2_0::COLS, q2_0::BYTES), (q2_0::COLS_G128, q2_0::BYTES_G128)];
 
 fn divides(block_cols: usize, shape: &[usize]) -> bool {
