@@ -129,12 +129,15 @@ impl<'a, W: Write> GgufWriter<'a, W> {
     }
 }
 
-/// The bytes before the tensor data, and each tensor's name and length.
+/// Each tensor's name and length.
+type Lengths = Vec<(String, usize)>;
+
+/// The bytes before the tensor data, and what is to follow.
 fn header(
     metadata: &Metadata,
     tensors: &[TensorSpec],
     alignment: usize,
-) -> Result<(Vec<u8>, Vec<(String, usize)>)> {
+) -> Result<(Vec<u8>, Lengths)> {
     let mut bytes = b"GGUF".to_vec();
     bytes.extend(3u32.to_le_bytes());
     put_count(&mut bytes, "number of tensors", tensors.len(), read::MAX_TENSORS)?;
