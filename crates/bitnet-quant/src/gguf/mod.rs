@@ -1,10 +1,14 @@
 //! GGUF, the single-file format of llama.cpp and bitnet.cpp: metadata and tensors.
 //!
 //! [`GgufFile`] opens a file without copying it; [`GgufWriter`] writes one tensor at a time.
-//! Architectures, tensor names and tokenizers mean nothing here; see `checkpoint`.
+//! Architectures, tensor names and tokenizers mean something only in `load`, `names` and `text`,
+//! which make a checkpoint of a file.
 
+pub(crate) mod load;
 pub mod metadata;
+pub(crate) mod names;
 pub mod read;
+mod text;
 pub mod types;
 pub mod write;
 
