@@ -17,12 +17,14 @@ mod scalar;
 mod tests;
 
 pub use float::{FloatMatrix, FloatTile};
+pub(crate) use memory::Block;
 pub use memory::{BLOCK_ALIGN, WeightMemory};
 pub use packed::{PackedTernary, STEP_BYTES, STEP_COLS, TILE_ROWS};
 pub(crate) use quantized::{Grouping, QuantizedTokens};
 pub use quantized::{Rescale, TokenCodes, WeightScales};
 
 use crate::backend::Activation;
+use crate::cpu::attend::{self, AttentionKernels};
 use crate::error::{Error, Result};
 use crate::weights::NormWeights;
 
@@ -71,6 +73,7 @@ pub struct Kernels {
     gate: GateFn,
     pack_tile: PackTileFn,
     float_products: FloatFn,
+    attention: &'static AttentionKernels,
 }
 
 /// Every set compiled for this architecture, fastest first. Private: see [`Kernels::available`].
@@ -86,6 +89,7 @@ static SCALAR: Kernels = Kernels {
     gate: scalar::gate,
     pack_tile: scalar::pack_tile,
     float_products: scalar::float_products,
+    attention: &attend::PORTABLE,
 };
 
 impl Kernels {
@@ -231,6 +235,12 @@ impl Kernels {
         assert_eq!(out.len(), n_tokens * TILE_ROWS);
         // SAFETY: the CPU has the features, as `available` saw to; lengths checked above.
         unsafe { (self.float_products)(tile, x, n_tokens, out) }
+    }
+
+    /// Attention of a few queries over one head of a cache; the result is left in `scratch`.
+    pub(crate) fn attend(&self, task: &attend::Task<'_>, scratch: &mut attend::Scratch) {
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { self.attention.attend(task, scratch) }
     }
 }
 
