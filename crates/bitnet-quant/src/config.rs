@@ -1,5 +1,9 @@
 //! The hyper-parameters of a decoder, under the names Hugging Face checkpoints use, whatever file
-//! they came from. Knows no tensors and no kernels.
+//! they came from, and the bounds they must keep. Knows no tensors and no kernels.
+
+use crate::error::{Error, Result};
+use bitnet_core::weights::MAX_TERNARY_COLS;
+use std::fmt;
 
 /// What a checkpoint says about the shape of its model.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,6 +90,211 @@ pub enum RopeScaling {
         /// Context the model was trained with first.
         original_max_position_embeddings: usize,
     },
+    /// YaRN: high frequencies kept, low ones divided by `factor`, a linear passage between; queries
+    /// and keys grow by `attention_factor` (Bonsai 8B).
+    Yarn {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Context the model was trained with first.
+        original_max_position_embeddings: usize,
+        /// Frequencies with more turns than this in the original context are kept.
+        beta_fast: f64,
+        /// Frequencies with fewer turns than this in the original context are divided.
+        beta_slow: f64,
+        /// Factor on rotated queries and on rotated keys.
+        attention_factor: f64,
+    },
     /// A divisor for each frequency, as GGUF files store it (`rope_freqs.weight`).
     Factors(Vec<f32>),
+}
+
+impl RopeScaling {
+    /// What YaRN multiplies rotated queries and keys by when the checkpoint does not say.
+    pub fn yarn_attention_factor(factor: f64) -> f64 {
+        if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 }
+    }
+}
+
+impl fmt::Display for Architecture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bitnet => "bitnet",
+            Self::Llama => "llama",
+            Self::Qwen3 => "qwen3",
+        })
+    }
+}
+
+/// Largest accepted values. They are far above every published model and far below what would let
+/// a lying header ask for absurd amounts of memory.
+mod bounds {
+    pub(super) const HIDDEN: usize = 1 << 17;
+    pub(super) const LAYERS: usize = 1 << 10;
+    pub(super) const HEADS: usize = 1 << 12;
+    pub(super) const HEAD_DIM: usize = 1 << 12;
+    pub(super) const VOCAB: usize = 1 << 22;
+    pub(super) const POSITIONS: usize = 1 << 24;
+}
+
+impl ModelConfig {
+    /// Checks that every number is one a decoder can have, and that they fit together.
+    pub fn validate(&self) -> Result<()> {
+        within("hidden_size", self.hidden_size, bounds::HIDDEN)?;
+        within("intermediate_size", self.intermediate_size, MAX_TERNARY_COLS)?;
+        within("num_hidden_layers", self.num_hidden_layers, bounds::LAYERS)?;
+        within("num_attention_heads", self.num_attention_heads, bounds::HEADS)?;
+        within("num_key_value_heads", self.num_key_value_heads, bounds::HEADS)?;
+        within("head_dim", self.head_dim, bounds::HEAD_DIM)?;
+        within("vocab_size", self.vocab_size, bounds::VOCAB)?;
+        within("max_position_embeddings", self.max_position_embeddings, bounds::POSITIONS)?;
+        let width = self.num_attention_heads * self.head_dim;
+        within("num_attention_heads · head_dim", width, MAX_TERNARY_COLS)?;
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+            let expected = format!("a divisor of num_attention_heads {}", self.num_attention_heads);
+            return Err(Error::malformed(
+                "num_key_value_heads",
+                expected,
+                self.num_key_value_heads,
+            ));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(Error::malformed("head_dim", "an even number", self.head_dim));
+        }
+        positive("rms_norm_eps", f64::from(self.rms_norm_eps), 1.0)?;
+        if let Some(eps) = self.projection_norm_eps {
+            positive("rms_norm_eps of the projections", f64::from(eps), 1.0)?;
+        }
+        positive("rope_theta", self.rope_theta, 1e15)?;
+        self.rope_scaling.validate(self.head_dim)
+    }
+
+    /// Features of all query heads together: rows of `q_proj`, columns of `o_proj`.
+    pub const fn query_width(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Features of all key heads together: rows of `k_proj` and `v_proj`.
+    pub const fn key_width(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+}
+
+impl RopeScaling {
+    fn validate(&self, head_dim: usize) -> Result<()> {
+        const FACTOR: f64 = 1e6;
+        match self {
+            Self::None => Ok(()),
+            Self::Linear { factor } => positive("rope factor", *factor, FACTOR),
+            Self::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings: original,
+            } => {
+                positive("rope factor", *factor, FACTOR)?;
+                positive("rope low_freq_factor", *low_freq_factor, FACTOR)?;
+                positive("rope high_freq_factor", *high_freq_factor, FACTOR)?;
+                if high_freq_factor <= low_freq_factor {
+                    let expected = format!("more than low_freq_factor {low_freq_factor}");
+                    return Err(Error::malformed("high_freq_factor", expected, high_freq_factor));
+                }
+                within("original_max_position_embeddings", *original, bounds::POSITIONS)
+            }
+            Self::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+            } => {
+                positive("rope factor", *factor, FACTOR)?;
+                positive("rope beta_fast", *beta_fast, FACTOR)?;
+                positive("rope beta_slow", *beta_slow, FACTOR)?;
+                positive("rope attention_factor", *attention_factor, 1e3)?;
+                within("original_max_position_embeddings", *original, bounds::POSITIONS)
+            }
+            Self::Factors(factors) => {
+                if factors.len() != head_dim / 2 {
+                    let expected = format!("{} (head_dim / 2)", head_dim / 2);
+                    return Err(Error::malformed(
+                        "number of rope factors",
+                        expected,
+                        factors.len(),
+                    ));
+                }
+                factors.iter().try_for_each(|&f| positive("rope factor", f64::from(f), FACTOR))
+            }
+        }
+    }
+}
+
+/// `1 ≤ value ≤ max`
+fn within(what: &str, value: usize, max: usize) -> Result<()> {
+    if (1..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::malformed(what, format!("1 to {max}"), value))
+}
+
+/// `0 < value ≤ max`, which no NaN is.
+fn positive(what: &str, value: f64, max: f64) -> Result<()> {
+    if value > 0.0 && value <= max {
+        return Ok(());
+    }
+    Err(Error::malformed(what, format!("a number above 0, at most {max}"), value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny() -> ModelConfig {
+        ModelConfig {
+            architecture: Architecture::Llama,
+            name: "tiny".into(),
+            hidden_size: 64,
+            intermediate_size: 128,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 16,
+            vocab_size: 100,
+            max_position_embeddings: 128,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::None,
+            hidden_act: HiddenAct::Silu,
+            tie_word_embeddings: true,
+            sub_norms: false,
+            qk_norm: false,
+            projection_norm_eps: None,
+            attention_bias: false,
+        }
+    }
+
+    #[test]
+    fn every_nonsense_is_named() {
+        assert!(tiny().validate().is_ok());
+        type Spoil = fn(&mut ModelConfig);
+        let spoilt: [(&str, Spoil); 12] = [
+            ("hidden_size", |c| c.hidden_size = 0),
+            ("hidden_size", |c| c.hidden_size = usize::MAX),
+            ("intermediate_size", |c| c.intermediate_size = 1 << 40),
+            ("num_hidden_layers", |c| c.num_hidden_layers = 1 << 20),
+            ("num_key_value_heads", |c| c.num_key_value_heads = 3),
+            ("head_dim", |c| c.head_dim = 15),
+            ("vocab_size", |c| c.vocab_size = 1 << 40),
+            ("rms_norm_eps", |c| c.rms_norm_eps = f32::NAN),
+            ("rms_norm_eps", |c| c.rms_norm_eps = 0.0),
+            ("rope_theta", |c| c.rope_theta = f64::INFINITY),
+            ("rope factor", |c| c.rope_scaling = RopeScaling::Linear { factor: -1.0 }),
+            ("number of rope factors", |c| c.rope_scaling = RopeScaling::Factors(vec![1.0])),
+        ];
+        for (what, spoil) in spoilt {
+            let mut config = tiny();
+            spoil(&mut config);
+            let message = config.validate().expect_err(what).to_string();
+            assert!(message.starts_with(what), "{message} should name {what}");
+        }
+    }
 }

@@ -5,10 +5,18 @@
 //! float masters. It knows no kernels and runs no model.
 #![deny(unsafe_code)] // one exception: the file mapping
 
+pub mod absmean;
+pub mod checkpoint;
 pub mod config;
 pub mod error;
+mod files;
+pub mod gguf;
+mod hf;
 pub mod mapping;
 pub mod pack;
+mod rows;
+pub mod safetensors;
 pub mod text;
 
+pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};

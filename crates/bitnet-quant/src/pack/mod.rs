@@ -1,13 +1,17 @@
-//! Packings: how ternary weights lie in bytes, one file for each layout.
+//! Packings: how weights lie in bytes, one file for each layout.
 //!
-//! [`TernaryTensor`] checks the bytes of a matrix once and then serves its rows as codes, whatever
-//! the packing; [`encode`] is the reverse for any source of codes. Knows no files: names are only
+//! [`TernaryTensor`] checks the bytes of a ternary matrix once and then serves its rows as codes,
+//! whatever the packing; [`encode`] is the reverse for any source of codes. [`FloatTensor`] and
+//! [`encode_float`] do the same for the float matrices beside them. Knows no files: names are only
 //! for messages.
 
 mod block;
 pub mod codes;
+pub mod float;
+pub mod float_block;
 pub mod hf_u8;
 pub mod i2_s;
+pub mod kquant;
 pub mod ptq1_0;
 pub mod q1_0;
 pub mod q2_0;
@@ -17,6 +21,7 @@ pub mod tq2_0;
 mod encode;
 
 pub use encode::{Encoded, encode};
+pub use float::{FloatFormat, FloatTensor, encode_float};
 pub use i2_s::I2sLayout;
 
 use crate::error::{Error, Result};
