@@ -1,9 +1,13 @@
 //! The hyper-parameters of a decoder, under the names Hugging Face checkpoints use, whatever file
 //! they came from, and the bounds they must keep. Knows no tensors and no kernels.
 
+mod rope;
+
 use crate::error::{Error, Result};
 use bitnet_core::weights::MAX_TERNARY_COLS;
 use std::fmt;
+
+pub use rope::RopeScaling;
 
 /// What a checkpoint says about the shape of its model.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,52 +73,6 @@ pub enum HiddenAct {
     Silu,
 }
 
-/// Context extension of the rotary embedding.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Frequencies as `rope_theta` gives them.
-    None,
-    /// Positions divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama 3.1: low frequencies divided by `factor`, a smooth passage between.
-    Llama3 {
-        /// Divisor of the low frequencies.
-        factor: f64,
-        /// Wavelengths above `original / low_freq_factor` are divided.
-        low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// Context the model was trained with first.
-        original_max_position_embeddings: usize,
-    },
-    /// YaRN: high frequencies kept, low ones divided by `factor`, a linear passage between; queries
-    /// and keys grow by `attention_factor` (Bonsai 8B).
-    Yarn {
-        /// Divisor of the low frequencies.
-        factor: f64,
-        /// Context the model was trained with first.
-        original_max_position_embeddings: usize,
-        /// Frequencies with more turns than this in the original context are kept.
-        beta_fast: f64,
-        /// Frequencies with fewer turns than this in the original context are divided.
-        beta_slow: f64,
-        /// Factor on rotated queries and on rotated keys.
-        attention_factor: f64,
-    },
-    /// A divisor for each frequency, as GGUF files store it (`rope_freqs.weight`).
-    Factors(Vec<f32>),
-}
-
-impl RopeScaling {
-    /// What YaRN multiplies rotated queries and keys by when the checkpoint does not say.
-    pub fn yarn_attention_factor(factor: f64) -> f64 {
-        if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 }
-    }
-}
-
 impl fmt::Display for Architecture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -164,7 +122,10 @@ impl ModelConfig {
         if let Some(eps) = self.projection_norm_eps {
             positive("rms_norm_eps of the projections", f64::from(eps), 1.0)?;
         }
-        positive("rope_theta", self.rope_theta, 1e15)?;
+        if !(self.rope_theta > 1.0 && self.rope_theta <= 1e15) {
+            let expected = "a number above 1, at most 1e15";
+            return Err(Error::malformed("rope_theta", expected, self.rope_theta));
+        }
         self.rope_scaling.validate(self.head_dim)
     }
 
@@ -176,55 +137,6 @@ impl ModelConfig {
     /// Features of all key heads together: rows of `k_proj` and `v_proj`.
     pub const fn key_width(&self) -> usize {
         self.num_key_value_heads * self.head_dim
-    }
-}
-
-impl RopeScaling {
-    fn validate(&self, head_dim: usize) -> Result<()> {
-        const FACTOR: f64 = 1e6;
-        match self {
-            Self::None => Ok(()),
-            Self::Linear { factor } => positive("rope factor", *factor, FACTOR),
-            Self::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position_embeddings: original,
-            } => {
-                positive("rope factor", *factor, FACTOR)?;
-                positive("rope low_freq_factor", *low_freq_factor, FACTOR)?;
-                positive("rope high_freq_factor", *high_freq_factor, FACTOR)?;
-                if high_freq_factor <= low_freq_factor {
-                    let expected = format!("more than low_freq_factor {low_freq_factor}");
-                    return Err(Error::malformed("high_freq_factor", expected, high_freq_factor));
-                }
-                within("original_max_position_embeddings", *original, bounds::POSITIONS)
-            }
-            Self::Yarn {
-                factor,
-                original_max_position_embeddings: original,
-                beta_fast,
-                beta_slow,
-                attention_factor,
-            } => {
-                positive("rope factor", *factor, FACTOR)?;
-                positive("rope beta_fast", *beta_fast, FACTOR)?;
-                positive("rope beta_slow", *beta_slow, FACTOR)?;
-                positive("rope attention_factor", *attention_factor, 1e3)?;
-                within("original_max_position_embeddings", *original, bounds::POSITIONS)
-            }
-            Self::Factors(factors) => {
-                if factors.len() != head_dim / 2 {
-                    let expected = format!("{} (head_dim / 2)", head_dim / 2);
-                    return Err(Error::malformed(
-                        "number of rope factors",
-                        expected,
-                        factors.len(),
-                    ));
-                }
-                factors.iter().try_for_each(|&f| positive("rope factor", f64::from(f), FACTOR))
-            }
-        }
     }
 }
 
@@ -248,7 +160,7 @@ fn positive(what: &str, value: f64, max: f64) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn tiny() -> ModelConfig {
+    pub(super) fn tiny() -> ModelConfig {
         ModelConfig {
             architecture: Architecture::Llama,
             name: "tiny".into(),

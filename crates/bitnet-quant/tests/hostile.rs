@@ -86,7 +86,7 @@ fn a_lying_config() {
         ("head_dim", json!(4), "shape of model.layers.0.self_attn.q_proj.weight"),
         ("intermediate_size", json!(16), "shape of model.layers.0.mlp.gate_proj.weight"),
         ("rms_norm_eps", json!(-1e-5), "rms_norm_eps: expected a number above 0"),
-        ("rope_theta", json!(0), "rope_theta: expected a number above 0"),
+        ("rope_theta", json!(0), "rope_theta: expected a number above 1"),
         ("max_position_embeddings", json!(1u64 << 40), "max_position_embeddings: expected"),
         ("quantization_config", json!(null), "type of model.layers.0.self_attn.q_proj.weight U8"),
     ] {

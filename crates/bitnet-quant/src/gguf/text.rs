@@ -73,12 +73,11 @@ pub(super) fn read(
         let text = id.and_then(|id| vocabulary.tokens.get(id as usize));
         special_tokens.extend(text.map(|text| (format!("{name}_token"), text.clone())));
     }
-    let add_bos = file.get("tokenizer.ggml.add_bos_token")?;
     Ok(TextAssets {
         chat_template: chat_template(file, official, overrides)?,
         bos_token_id,
         eos_token_ids,
-        add_bos: Some(add_bos.unwrap_or_else(|| adds_bos(&vocabulary))),
+        add_bos: file.get("tokenizer.ggml.add_bos_token")?,
         add_eos: file.get("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
         special_tokens,
         tokenizer: Some(TokenizerSource::Gguf(vocabulary)),
@@ -160,16 +159,4 @@ fn chat_template(
         return Ok(Some(BITNET_TEMPLATE.into()));
     }
     Ok(template.map(str::to_owned))
-}
-
-/// Where a file does not say whether prompts start with `bos`: SentencePiece models do, and of the
-/// byte-level ones Llama 3's and those that took over its tokenizer.
-fn adds_bos(vocabulary: &GgufVocabulary) -> bool {
-    match vocabulary.model.as_str() {
-        "llama" => true,
-        _ => matches!(
-            vocabulary.pre.as_deref(),
-            Some("llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1")
-        ),
-    }
 }
