@@ -2,6 +2,7 @@
 //! checking scales, encoding rows. Each block layout is an implementation of [`Block`].
 
 use super::PARALLEL_BYTES;
+use super::half_float::half_at;
 use crate::error::{Error, Result};
 use bitnet_core::weights::Scales;
 use half::f16;
@@ -81,7 +82,7 @@ pub(super) fn read_scales<B: Block<COLS, BYTES>, const COLS: usize, const BYTES:
 fn scale_of<B: Block<COLS, BYTES>, const COLS: usize, const BYTES: usize>(
     block: &[u8; BYTES],
 ) -> f32 {
-    f16::from_le_bytes([block[B::SCALE_AT], block[B::SCALE_AT + 1]]).to_f32()
+    half_at(block, B::SCALE_AT)
 }
 
 fn row_scales<B: Block<COLS, BYTES>, const COLS: usize, const BYTES: usize>(

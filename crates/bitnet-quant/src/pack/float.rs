@@ -6,12 +6,12 @@
 //! used: a NaN in them comes out as NaN.
 
 use super::float_block::{FloatBlock, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+use super::half_float::{f16_to_f32, half_at};
 use super::kquant::{Q4K, Q5K, Q6K};
 use super::{PARALLEL_BYTES, float_block, kquant};
 use crate::error::{Error, Result};
 use bitnet_core::weights::{FloatRows, FloatType};
 use bytes::Bytes;
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::fmt;
@@ -182,9 +182,8 @@ fn check_scales<B: FloatBlock<COLS, BYTES>, const COLS: usize, const BYTES: usiz
     bytes: &[u8],
 ) -> Result<()> {
     let blocks = bytes.as_chunks::<BYTES>().0;
-    let is_bad = |block: &[u8; BYTES]| {
-        B::SCALES_AT.iter().any(|&at| !f16::from_le_bytes([block[at], block[at + 1]]).is_finite())
-    };
+    let is_bad =
+        |block: &[u8; BYTES]| B::SCALES_AT.iter().any(|&at| !half_at(block, at).is_finite());
     let bad = if bytes.len() < PARALLEL_BYTES {
         blocks.iter().position(is_bad)
     } else {
@@ -222,13 +221,8 @@ fn decode_bf16(bytes: &[u8], out: &mut [f32]) {
 }
 
 fn decode_f16(bytes: &[u8], out: &mut [f32]) {
-    // Through an aligned array, as the hardware's conversion takes slices of f16.
-    let mut bits = [0u16; 64];
-    for (bytes, out) in bytes.as_chunks::<2>().0.chunks(64).zip(out.chunks_mut(64)) {
-        for (bits, bytes) in bits.iter_mut().zip(bytes) {
-            *bits = u16::from_le_bytes(*bytes);
-        }
-        bits[..out.len()].reinterpret_cast::<f16>().convert_to_f32_slice(out);
+    for (bytes, out) in bytes.as_chunks::<2>().0.iter().zip(out) {
+        *out = f16_to_f32(u16::from_le_bytes(*bytes));
     }
 }
 

@@ -12,6 +12,7 @@
 //!   qh    bit j of the little-endian u32: fifth bit of column j
 //! ```
 
+use super::half_float::half_at;
 use half::f16;
 
 /// A layout of `COLS` floats in `BYTES` bytes.
@@ -40,11 +41,6 @@ pub(super) struct Q4_0;
 pub(super) struct Q4_1;
 pub(super) struct Q5_0;
 pub(super) struct Q5_1;
-
-/// The f16 at `at`.
-pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-}
 
 /// Low and high four bits of 16 bytes as 32 numbers.
 fn nibbles(bytes: &[u8]) -> [u8; COLS] {

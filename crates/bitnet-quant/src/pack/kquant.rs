@@ -25,7 +25,8 @@
 //!
 //! d and dmin are f16.
 
-use super::float_block::{FloatBlock, half_at};
+use super::float_block::FloatBlock;
+use super::half_float::half_at;
 use half::f16;
 
 /// Columns of every block here.

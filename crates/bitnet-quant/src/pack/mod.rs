@@ -19,6 +19,7 @@ pub mod tq1_0;
 pub mod tq2_0;
 
 mod encode;
+mod half_float;
 
 pub use encode::{Encoded, encode};
 pub use float::{FloatFormat, FloatTensor, encode_float};

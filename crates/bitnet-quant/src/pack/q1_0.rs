@@ -26,9 +26,7 @@ impl Block<COLS, BYTES> for Q1_0 {
 
     fn decode(block: &[u8; BYTES], codes: &mut [u8; COLS]) {
         for (byte, codes) in block[2..].iter().zip(codes.as_chunks_mut::<8>().0) {
-            for (bit, code) in codes.iter_mut().enumerate() {
-                *code = 2 * ((byte >> bit) & 1);
-            }
+            *codes = signs(*byte);
         }
     }
 
@@ -37,6 +35,14 @@ impl Block<COLS, BYTES> for Q1_0 {
             *byte = codes.iter().enumerate().fold(0, |byte, (bit, code)| byte | (code >> 1) << bit);
         }
     }
+}
+
+/// The eight codes of a byte, by arithmetic on all of them at once.
+fn signs(byte: u8) -> [u8; 8] {
+    // Eight copies, each reduced to its own bit; adding 127 carries any bit to the top, bit 7.
+    let own = (u64::from(byte) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
+    let top = own + 0x7F7F_7F7F_7F7F_7F7F;
+    ((top >> 6) & 0x0202_0202_0202_0202).to_le_bytes()
 }
 
 #[cfg(test)]
@@ -55,5 +61,12 @@ mod tests {
         let mut back = [9; COLS];
         Q1_0::decode(&block, &mut back);
         assert_eq!(back, codes);
+    }
+
+    #[test]
+    fn every_byte_unpacks_bit_by_bit() {
+        for byte in 0..=255u8 {
+            assert_eq!(signs(byte), std::array::from_fn(|bit| 2 * (byte >> bit & 1)));
+        }
     }
 }
