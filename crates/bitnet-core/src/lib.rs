@@ -9,6 +9,7 @@ pub mod backend;
 pub mod cpu;
 pub mod error;
 pub mod kernels;
+pub mod machine;
 pub mod threads;
 pub mod weights;
 

@@ -2,7 +2,8 @@
 //! Kept as they are where the source has them, so that loading a head costs nothing.
 
 use super::memory::{Block, WeightMemory};
-use super::{Kernels, TILE_ROWS};
+use super::{Kernels, TILE_ROWS, prefetch};
+use crate::cpu::math::{LANES, sum_lanes};
 use crate::error::{Error, Result};
 use crate::threads::{Parts, ThreadPool, share};
 use crate::weights::{FloatRows, FloatType};
@@ -206,6 +207,174 @@ impl FloatMatrix {
     /// Bytes held, mapped ones included.
     pub fn memory_bytes(&self) -> u64 {
         (self.rows * self.cols * self.dtype.size()) as u64
+    }
+}
+
+/// Sixteen f32 lanes in the registers of an instruction set.
+///
+/// # Safety
+/// Callers of the unsafe methods must run on a CPU with the instruction set, inside a function
+/// compiled for it: only there do the methods become single instructions.
+pub(super) trait Lanes: Copy {
+    /// 0 in every lane.
+    unsafe fn zero() -> Self;
+    /// Sixteen little-endian f32.
+    unsafe fn f32s(bytes: &[u8; 64]) -> Self;
+    /// Sixteen little-endian f16, exactly.
+    unsafe fn f16s(bytes: &[u8; 32]) -> Self;
+    /// Sixteen little-endian bf16, exactly.
+    unsafe fn bf16s(bytes: &[u8; 32]) -> Self;
+    /// `self + a · b`, the product rounded before the addition.
+    unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    /// The lanes in order.
+    unsafe fn to_array(self) -> [f32; 16];
+}
+
+/// [`Kernels::float_products`] for an instruction set: four rows at a time for a single token,
+/// `ROWS` rows and `TOKENS` tokens for several, as many as its registers hold.
+///
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+pub(super) unsafe fn products<L: Lanes, const ROWS: usize, const TOKENS: usize>(
+    tile: &FloatTile<'_>,
+    x: &[f32],
+    n_tokens: usize,
+    out: &mut [f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (tile.dtype, n_tokens) {
+            (FloatType::F32, 1) => blocks::<L, f32, 64, 4, 1>(tile, x, out),
+            (FloatType::F32, _) => blocks::<L, f32, 64, ROWS, TOKENS>(tile, x, out),
+            (FloatType::F16, 1) => blocks::<L, half::f16, 32, 4, 1>(tile, x, out),
+            (FloatType::F16, _) => blocks::<L, half::f16, 32, ROWS, TOKENS>(tile, x, out),
+            (FloatType::BF16, 1) => blocks::<L, half::bf16, 32, 4, 1>(tile, x, out),
+            (FloatType::BF16, _) => blocks::<L, half::bf16, 32, ROWS, TOKENS>(tile, x, out),
+        }
+    }
+}
+
+/// Cuts a tile into blocks of `ROWS` rows and `TOKENS` tokens; what is left over goes one by one.
+#[inline(always)]
+unsafe fn blocks<L, N, const BYTES: usize, const ROWS: usize, const TOKENS: usize>(
+    tile: &FloatTile<'_>,
+    x: &[f32],
+    out: &mut [f32],
+) where
+    L: Lanes,
+    N: LaneNumber<BYTES>,
+{
+    let row_bytes = tile.cols * N::SIZE;
+    let n_rows = tile.n_rows();
+    let whole_rows = n_rows / ROWS * ROWS;
+    let tokens = x.chunks(TOKENS * tile.cols).zip(out.chunks_mut(TOKENS * TILE_ROWS));
+    for (x, out) in tokens {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for first in (0..whole_rows).step_by(ROWS) {
+                let rows = &tile.bytes[first * row_bytes..];
+                if x.len() == TOKENS * tile.cols {
+                    block::<L, N, BYTES, ROWS, TOKENS>(rows, x, tile.cols, &mut out[first..]);
+                } else {
+                    for (x, out) in x.chunks(tile.cols).zip(out.chunks_mut(TILE_ROWS)) {
+                        block::<L, N, BYTES, ROWS, 1>(rows, x, tile.cols, &mut out[first..]);
+                    }
+                }
+            }
+            for row in whole_rows..n_rows {
+                let bytes = &tile.bytes[row * row_bytes..];
+                for (x, out) in x.chunks(tile.cols).zip(out.chunks_mut(TILE_ROWS)) {
+                    block::<L, N, BYTES, 1, 1>(bytes, x, tile.cols, &mut out[row..]);
+                }
+            }
+        }
+    }
+}
+
+/// `out[16 · token + row]` for the first rows of `bytes` and the first tokens of `x`.
+#[inline(always)]
+unsafe fn block<L, N, const BYTES: usize, const ROWS: usize, const TOKENS: usize>(
+    bytes: &[u8],
+    x: &[f32],
+    cols: usize,
+    out: &mut [f32],
+) where
+    L: Lanes,
+    N: LaneNumber<BYTES>,
+{
+    let row_bytes = cols * N::SIZE;
+    let rows: [&[u8]; ROWS] = std::array::from_fn(|r| &bytes[r * row_bytes..][..row_bytes]);
+    let tokens: [&[f32]; TOKENS] = std::array::from_fn(|t| &x[t * cols..][..cols]);
+    // SAFETY: the caller's promise; block `i` is in bounds while `i < cols / 16`.
+    unsafe {
+        let mut sums = [[L::zero(); ROWS]; TOKENS];
+        let whole = cols / LANES;
+        for i in 0..whole {
+            let x = tokens.map(|x| L::f32s(&*x.as_ptr().add(i * LANES).cast()));
+            for r in 0..ROWS {
+                let address = rows[r].as_ptr().add(i * BYTES);
+                // The next rows at the same columns: a whole block of rows to be read meanwhile.
+                prefetch(address.wrapping_add(ROWS * row_bytes));
+                let weights = N::lanes::<L>(&*address.cast());
+                for t in 0..TOKENS {
+                    sums[t][r] = sums[t][r].add_product(weights, x[t]);
+                }
+            }
+        }
+        if whole * LANES < cols {
+            // Idle lanes add 0 · 0 to a sum that is never −0, which changes nothing.
+            let x = tokens.map(|x| {
+                let mut padded = [0.0f32; LANES];
+                padded[..cols % LANES].copy_from_slice(&x[whole * LANES..]);
+                L::f32s(&*padded.as_ptr().cast())
+            });
+            for r in 0..ROWS {
+                let mut padded = [0; BYTES];
+                let rest = &rows[r][whole * BYTES..];
+                padded[..rest.len()].copy_from_slice(rest);
+                let weights = N::lanes::<L>(&padded);
+                for t in 0..TOKENS {
+                    sums[t][r] = sums[t][r].add_product(weights, x[t]);
+                }
+            }
+        }
+        for t in 0..TOKENS {
+            for r in 0..ROWS {
+                out[t * TILE_ROWS + r] = sum_lanes(sums[t][r].to_array());
+            }
+        }
+    }
+}
+
+/// A number format of which 16 take `BYTES` bytes.
+trait LaneNumber<const BYTES: usize>: Number {
+    /// # Safety
+    /// As [`Lanes`].
+    unsafe fn lanes<L: Lanes>(bytes: &[u8; BYTES]) -> L;
+}
+
+impl LaneNumber<64> for f32 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(bytes: &[u8; 64]) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { L::f32s(bytes) }
+    }
+}
+
+impl LaneNumber<32> for half::f16 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(bytes: &[u8; 32]) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { L::f16s(bytes) }
+    }
+}
+
+impl LaneNumber<32> for half::bf16 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(bytes: &[u8; 32]) -> L {
+        // SAFETY: the caller's promise.
+        unsafe { L::bf16s(bytes) }
     }
 }
 

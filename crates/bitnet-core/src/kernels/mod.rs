@@ -8,13 +8,17 @@
 //! Knows slices, not models or threads. Adding an instruction set: write a file with the
 //! functions of `scalar` that gain from it, list its `Kernels` in `KNOWN`.
 
+#[macro_use]
+mod scalar;
+
 mod float;
 mod memory;
 mod packed;
 mod quantized;
-mod scalar;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 pub use float::{FloatMatrix, FloatTile};
 pub(crate) use memory::Block;
@@ -30,6 +34,24 @@ use crate::weights::NormWeights;
 
 /// The environment variable that forces a set of kernels by name.
 pub const KERNEL_VARIABLE: &str = "BITNET_KERNEL";
+
+/// Asks for the line of memory at `address`, which may be anywhere: a hint, harmless if wrong.
+#[inline(always)]
+pub(crate) fn prefetch(address: *const u8) {
+    // SAFETY: a prefetch never faults, and every x86-64 CPU has the instruction.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    // SAFETY: a prefetch never faults, and every aarch64 CPU has the instruction.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) address,
+            options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = address;
+}
 
 /// Consecutive tiles of a ternary matrix.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +82,7 @@ type QuantizeFn = unsafe fn(&[f32], usize, usize, &mut [i8], &mut [f32], &mut [i
 type NormFn = unsafe fn(&[f32], &NormWeights, &mut [f32]);
 type GateFn = unsafe fn(Activation, &mut [f32], &[f32]);
 type PackTileFn = unsafe fn(&[u8], &mut [u8]);
+type MacLoopFn = unsafe fn(u64) -> u64;
 type FloatFn = unsafe fn(&FloatTile<'_>, &[f32], usize, &mut [f32]);
 
 /// A set of kernels for one instruction set, available on this CPU.
@@ -74,10 +97,19 @@ pub struct Kernels {
     pack_tile: PackTileFn,
     float_products: FloatFn,
     attention: &'static AttentionKernels,
+    mac_loop: MacLoopFn,
 }
 
 /// Every set compiled for this architecture, fastest first. Private: see [`Kernels::available`].
-static KNOWN: &[&Kernels] = &[&SCALAR];
+static KNOWN: &[&Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    &x86_64::AVX512VNNI,
+    #[cfg(target_arch = "x86_64")]
+    &x86_64::AVXVNNI,
+    #[cfg(target_arch = "x86_64")]
+    &x86_64::AVX2,
+    &SCALAR,
+];
 
 static SCALAR: Kernels = Kernels {
     name: "scalar",
@@ -90,6 +122,7 @@ static SCALAR: Kernels = Kernels {
     pack_tile: scalar::pack_tile,
     float_products: scalar::float_products,
     attention: &attend::PORTABLE,
+    mac_loop: scalar::mac_loop,
 };
 
 impl Kernels {
@@ -147,6 +180,9 @@ impl Kernels {
         assert!(tokens.codes.len() >= tokens.n_tokens * tokens.stride);
         let n_sums = tiles.n_tiles() * tokens.n_tokens * tiles.n_groups() * TILE_ROWS;
         assert_eq!(sums.len(), n_sums);
+        if n_sums == 0 {
+            return;
+        }
         // SAFETY: the CPU has the features, as `available` saw to; the lengths are as the kernels
         // of every set assume: checked above.
         unsafe { (self.products)(tiles, tokens, sums) }
@@ -241,6 +277,13 @@ impl Kernels {
     pub(crate) fn attend(&self, task: &attend::Task<'_>, scratch: &mut attend::Scratch) {
         // SAFETY: the CPU has the features, as `available` saw to.
         unsafe { self.attention.attend(task, scratch) }
+    }
+
+    /// Multiplies and accumulates in registers for `rounds` rounds, as fast as this instruction
+    /// set allows, and returns how many multiply-accumulates a round has.
+    pub(crate) fn mac_loop(&self, rounds: u64) -> u64 {
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { (self.mac_loop)(rounds) }
     }
 }
 

@@ -14,6 +14,22 @@ pub struct TokenCodes<'a> {
     pub n_tokens: usize,
 }
 
+impl<'a> TokenCodes<'a> {
+    /// The 16 activations of a token at a step, four for each field of the codes.
+    ///
+    /// # Safety
+    /// `token` must be below `n_tokens`, and `(step + 1) · 16` at most `stride`, in a value that
+    /// [`Kernels::products`] has checked.
+    #[inline(always)]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(dead_code))]
+    pub(super) unsafe fn columns(&self, token: usize, step: usize) -> &'a [[i8; 4]; 4] {
+        let at = token * self.stride + step * STEP_COLS;
+        debug_assert!(at + STEP_COLS <= self.codes.len());
+        // SAFETY: in bounds by the caller's promise; bytes need no alignment.
+        unsafe { &*self.codes.as_ptr().add(at).cast() }
+    }
+}
+
 /// A reusable buffer of quantized tokens with their scales and sums.
 #[derive(Debug, Default)]
 pub(crate) struct QuantizedTokens {

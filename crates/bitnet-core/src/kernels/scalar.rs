@@ -12,6 +12,7 @@ use super::{STEP_BYTES, STEP_COLS, TILE_ROWS, Tiles};
 use crate::backend::Activation;
 use crate::cpu::math;
 use crate::weights::{FloatType, NormWeights};
+use std::hint::black_box;
 
 /// Sums of `code · activation`, one for each group, token and row.
 pub(super) fn products(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
@@ -138,6 +139,39 @@ pub(super) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// The float functions above, compiled for an instruction set.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! float_parts {
+    ($features:literal) => {
+        #[target_feature(enable = $features)]
+        pub(super) fn rescale(job: &crate::kernels::Rescale<'_>, out: &mut [f32]) {
+            crate::kernels::scalar::rescale(job, out);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn quantize(
+            x: &[f32],
+            scale_cols: usize,
+            sum_cols: usize,
+            out: &mut [i8],
+            scales: &mut [f32],
+            sums: &mut [i32],
+        ) {
+            crate::kernels::scalar::quantize(x, scale_cols, sum_cols, out, scales, sums);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn norm(x: &[f32], norm: &crate::weights::NormWeights, out: &mut [f32]) {
+            crate::kernels::scalar::norm(x, norm, out);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn gate(activation: crate::backend::Activation, gate: &mut [f32], up: &[f32]) {
+            crate::kernels::scalar::gate(activation, gate, up);
+        }
+    };
+}
+
 /// Packs 16 rows of codes into a tile.
 pub(super) fn pack_tile(codes: &[u8], out: &mut [u8]) {
     let cols = codes.len() / TILE_ROWS;
@@ -176,4 +210,18 @@ fn float_rows<N: Number>(tile: &FloatTile<'_>, x: &[f32], n_tokens: usize, out: 
             out[token * TILE_ROWS + r] = math::sum_lanes(lanes);
         }
     }
+}
+
+/// Multiply-accumulates as fast as plain code does them: one step of a tile after the other, from
+/// the first-level cache.
+pub(super) fn mac_loop(rounds: u64) -> u64 {
+    let (step, x) = (black_box([0x55; STEP_BYTES]), black_box([1; STEP_COLS]));
+    let mut sums = [0; TILE_ROWS];
+    for _ in 0..rounds {
+        add_step(&step, black_box(&x), &mut sums);
+        // Keeps the sums far from overflowing.
+        sums = sums.map(|sum| sum & 0xffff);
+    }
+    black_box(sums);
+    (TILE_ROWS * STEP_COLS) as u64
 }

@@ -266,11 +266,9 @@ macro_rules! compiled_for {
 
 /// For CPUs with AVX2 and F16C.
 #[cfg(target_arch = "x86_64")]
-#[allow(dead_code)] // A set of kernels takes it when it is written.
 pub(crate) static AVX2: AttentionKernels = compiled_for!("avx2,f16c", x86_64::Avx2);
 
 /// For CPUs with AVX-512 F, BW, VL and VNNI, AVX2 and F16C.
 #[cfg(target_arch = "x86_64")]
-#[allow(dead_code)] // As above.
 pub(crate) static AVX512VNNI: AttentionKernels =
     compiled_for!("avx512f,avx512bw,avx512vl,avx512vnni,avx2,f16c", x86_64::Avx512);
