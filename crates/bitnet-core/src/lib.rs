@@ -10,6 +10,8 @@ pub mod cpu;
 pub mod error;
 pub mod kernels;
 pub mod machine;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod threads;
 pub mod weights;
 

@@ -14,6 +14,8 @@ pub mod linear;
 pub mod math;
 mod rope;
 mod store;
+#[cfg(test)]
+mod tests;
 
 pub use buffer::{CpuBuffer, Held};
 pub use head::CpuTable;
