@@ -110,7 +110,7 @@ fn float(criterion: &mut Criterion) {
         (FloatFormat::Q4_0, vec![0x11; FloatFormat::Q4_0.bytes("w", ROWS, COLS).unwrap()]),
     ];
     for (format, bytes) in cases {
-        let tensor = FloatTensor::new("w", format, ROWS, COLS, bytes.into()).unwrap();
+        let tensor = FloatTensor::new("w", format, ROWS, COLS, bytes).unwrap();
         let mut row_numbers = vec![0.0; COLS];
         group.bench_function(format!("{format} decode"), |bencher| {
             bencher.iter(|| {

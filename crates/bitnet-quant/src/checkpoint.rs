@@ -13,15 +13,15 @@ mod tensor;
 use crate::absmean::{Absmean, StoredTernary};
 use crate::config::{Architecture, ModelConfig};
 use crate::error::{Error, Result};
+use crate::gguf;
 use crate::hf::{self, Mode, Quantization, ScaleUse};
+use crate::mapping::{self, FileBytes};
 use crate::pack::{I2sLayout, Packing, TernaryTensor};
 use crate::rows::{Dequantized, HeadOrder, ReorderedFloat, ReorderedTernary, Rescaled};
 use crate::text::TextAssets;
-use crate::{gguf, mapping};
 use bitnet_core::weights::{
     ActivationQuant, FloatRows, LinearWeights, Matrix, NormWeights, Scales, TernaryRows,
 };
-use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -183,7 +183,7 @@ impl Checkpoint {
         }
     }
 
-    fn from_gguf(bytes: &Bytes, label: &str, options: OpenOptions) -> Result<Self> {
+    fn from_gguf(bytes: &FileBytes, label: &str, options: OpenOptions) -> Result<Self> {
         let parts = gguf::load::load(bytes, label, options).map_err(|e| e.in_file(label))?;
         Self::assemble(parts)
     }

@@ -4,7 +4,7 @@
 //! them.
 
 use crate::error::{Error, Result};
-use crate::mapping;
+use crate::mapping::{self, FileBytes};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -71,9 +71,9 @@ impl ModelFiles {
     }
 
     /// The bytes of a file, mapped where it is on disk; `None` if there is none of this name.
-    pub(crate) fn map(&self, file: &str) -> Result<Option<Bytes>> {
+    pub(crate) fn map(&self, file: &str) -> Result<Option<FileBytes>> {
         match &self.0 {
-            Source::Memory { files, .. } => Ok(files.get(file).cloned()),
+            Source::Memory { files, .. } => Ok(files.get(file).cloned().map(FileBytes::from)),
             Source::Folder(path) => if_found(mapping::open_mapped(path.join(plain(file)?))),
         }
     }
@@ -136,7 +136,7 @@ fn plain(file: &str) -> Result<&Path> {
     }
 }
 
-fn if_found(opened: Result<Bytes>) -> Result<Option<Bytes>> {
+fn if_found<T>(opened: Result<T>) -> Result<Option<T>> {
     match opened {
         Ok(bytes) => Ok(Some(bytes)),
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),

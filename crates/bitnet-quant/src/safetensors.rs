@@ -8,7 +8,7 @@
 //! file was wrong. Writing streams, so that a model is never in memory whole. Knows no models.
 
 use crate::error::{Error, Result};
-use bytes::Bytes;
+use crate::mapping::FileBytes;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo};
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -24,11 +24,11 @@ pub struct RawTensor {
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
     /// Little-endian numbers, row-major; length = product of sizes × size of `dtype`.
-    pub bytes: Bytes,
+    pub bytes: FileBytes,
 }
 
 /// The tensors of one file, by name, in the order of their data.
-pub fn read(bytes: &Bytes) -> Result<Vec<(String, RawTensor)>> {
+pub fn read(bytes: &FileBytes) -> Result<Vec<(String, RawTensor)>> {
     let len = bytes.get(..8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
     let len =
         len.ok_or_else(|| Error::malformed("file length", "at least 8 bytes", bytes.len()))?;

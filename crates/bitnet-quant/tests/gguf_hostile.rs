@@ -41,7 +41,7 @@ impl Raw {
         self
     }
     fn open(self) -> bitnet_quant::Result<GgufFile> {
-        GgufFile::from_bytes(self.0.into(), "bad.gguf")
+        GgufFile::from_bytes(self.0, "bad.gguf")
     }
 }
 
@@ -290,7 +290,7 @@ fn small_file() -> Vec<u8> {
 
 /// Reads everything that can be read of a file; what it says is not looked at.
 fn read_all(bytes: &[u8]) {
-    let Ok(file) = GgufFile::from_bytes(bytes::Bytes::copy_from_slice(bytes), "bad.gguf") else {
+    let Ok(file) = GgufFile::from_bytes(bytes.to_vec(), "bad.gguf") else {
         return;
     };
     for (_, value) in file.metadata().entries() {
@@ -299,7 +299,6 @@ fn read_all(bytes: &[u8]) {
     for info in file.tensors() {
         assert!(info.range.end <= bytes.len());
         let _ = file.tensor(&info.name);
-        let _ = file.vector(&info.name, 3);
     }
 }
 
@@ -309,7 +308,7 @@ fn a_file_cut_anywhere_is_an_error_or_whole() {
     // The last tensor's 12 bytes are followed by 20 of padding.
     let needed = bytes.len() - 20;
     for len in 0..bytes.len() {
-        let opened = GgufFile::from_bytes(bytes::Bytes::copy_from_slice(&bytes[..len]), "cut.gguf");
+        let opened = GgufFile::from_bytes(bytes[..len].to_vec(), "cut.gguf");
         assert_eq!(opened.is_ok(), len >= needed, "{len} of {}", bytes.len());
     }
 }

@@ -65,7 +65,7 @@ fn q8_0_is_encoded_as_the_reference_does() {
     let file = packings();
     let Tensor::Float(source) = file.tensor("numbers").unwrap() else { panic!("floats") };
     let expected = file.bytes(file.info("numbers.q8_0").unwrap());
-    assert!(encode_float(FloatFormat::Q8_0, &source, "numbers").unwrap() == expected);
+    assert!(encode_float(FloatFormat::Q8_0, &source, "numbers").unwrap() == expected[..]);
 }
 
 #[test]
@@ -73,8 +73,7 @@ fn q6_k_is_encoded_closely() {
     let file = packings();
     let Tensor::Float(source) = file.tensor("numbers").unwrap() else { panic!("floats") };
     let bytes = encode_float(FloatFormat::Q6K, &source, "numbers").unwrap();
-    let tensor =
-        bitnet_quant::pack::FloatTensor::new("numbers", FloatFormat::Q6K, 2, 256, bytes.into());
+    let tensor = bitnet_quant::pack::FloatTensor::new("numbers", FloatFormat::Q6K, 2, 256, bytes);
     let (before, after) = (floats(&source), floats(&tensor.unwrap()));
     let square = |x: f32| f64::from(x) * f64::from(x);
     let error: f64 = before.iter().zip(&after).map(|(a, b)| square(a - b)).sum();
@@ -93,7 +92,7 @@ fn trits_are_encoded_as_the_reference_does() {
     for (name, packing) in [("trits.tq1_0", Packing::Tq1_0), ("trits.tq2_0", Packing::Tq2_0)] {
         let Tensor::Ternary(tensor) = file.tensor(name).unwrap() else { panic!("ternary") };
         let encoded = encode(packing, &tensor, name).unwrap();
-        assert!(encoded.bytes == *tensor.bytes(), "{name}");
+        assert!(encoded.bytes == tensor.bytes(), "{name}");
         assert_eq!(encoded.scale_error, 0.0);
         let expected = numbers(&file, "trits");
         for (a, b) in numbers(&file, name).iter().zip(&expected) {
@@ -165,9 +164,9 @@ fn golden_models_open_and_hold_the_same_trits() {
             assert!(matches!(tensor.scales(), Scales::Tensor(_)), "{}", info.name);
             // Whatever the other file's packing, the bytes are those of its writer.
             let bytes = tq2.bytes(tq2.info(&info.name).unwrap());
-            assert!(encode(Packing::Tq2_0, &tensor, "w").unwrap().bytes == bytes);
+            assert!(encode(Packing::Tq2_0, &tensor, "w").unwrap().bytes == bytes[..]);
             let bytes = tq1.bytes(info);
-            assert!(encode(Packing::Tq1_0, &tensor, "w").unwrap().bytes == bytes);
+            assert!(encode(Packing::Tq1_0, &tensor, "w").unwrap().bytes == bytes[..]);
             compared += 1;
         }
     }
@@ -181,12 +180,9 @@ fn golden_i2_s_survives_a_round_trip() {
     let mut compared = 0;
     for info in file.tensors() {
         if let Tensor::Ternary(tensor) = file.tensor(&info.name).unwrap() {
-            assert_eq!(encode(tensor.packing(), &tensor, "w").unwrap().bytes, *tensor.bytes());
+            assert_eq!(encode(tensor.packing(), &tensor, "w").unwrap().bytes, tensor.bytes());
             compared += 1;
         }
     }
     assert_eq!(compared, 14);
-    assert_eq!(file.vector("output_norm.weight", 128).unwrap().len(), 128);
-    let message = file.vector("output_norm.weight", 64).unwrap_err().to_string();
-    assert!(message.contains("output_norm.weight: expected [64], got [128]"), "{message}");
 }

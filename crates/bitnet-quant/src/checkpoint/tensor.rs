@@ -1,9 +1,9 @@
 //! A tensor of any file, before anything is decoded.
 
 use crate::error::{Error, Result};
+use crate::mapping::FileBytes;
 use crate::pack::{FloatFormat, FloatTensor, Packing, TernaryTensor};
 use bitnet_core::weights::{FloatRows, FloatType};
-use bytes::Bytes;
 use std::sync::Arc;
 
 /// A tensor as it lies in a file.
@@ -15,7 +15,7 @@ pub(crate) struct Tensor {
     /// Sizes in weights, outermost first.
     pub(crate) shape: Vec<usize>,
     pub(crate) kind: Kind,
-    pub(crate) bytes: Bytes,
+    pub(crate) bytes: FileBytes,
 }
 
 /// What the bytes of a tensor are.

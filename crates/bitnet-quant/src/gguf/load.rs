@@ -10,8 +10,8 @@ use crate::checkpoint::{FileFormat, Kind, OpenOptions, Parts, Tensor};
 use crate::config::{Architecture, HiddenAct, ModelConfig, RopeScaling};
 use crate::error::{Error, Result};
 use crate::hf::Quantization;
+use crate::mapping::FileBytes;
 use crate::rows::HeadOrder;
-use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub(crate) const ACTIVATION_GROUP_KEY: &str = "ternary.activation_group";
 const ARCHITECTURES: &str = "bitnet-b1.58, bitnet-25, bitnet, llama, qwen3";
 
 /// Opens the file in `bytes`; `label` names it in messages.
-pub(crate) fn load(bytes: &Bytes, label: &str, options: OpenOptions) -> Result<Parts> {
+pub(crate) fn load(bytes: &FileBytes, label: &str, options: OpenOptions) -> Result<Parts> {
     let file = GgufFile::from_bytes(bytes.clone(), label)?.with_i2s_layout(options.i2s_layout);
     refuse_other_kinds(&file)?;
     let family: &str = file.require("general.architecture")?;

@@ -17,10 +17,8 @@ pub use types::{TensorInfo, TensorType};
 pub use write::{GgufWriter, TensorSpec};
 
 use crate::error::{Error, Result};
-use crate::mapping::open_mapped;
+use crate::mapping::{FileBytes, open_mapped};
 use crate::pack::{FloatTensor, I2sLayout, Packing, TernaryTensor};
-use bitnet_core::weights::FloatRows;
-use bytes::Bytes;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -28,7 +26,7 @@ use std::path::Path;
 #[derive(Debug)]
 pub struct GgufFile {
     name: String,
-    bytes: Bytes,
+    bytes: FileBytes,
     header: read::Header,
     index: HashMap<String, usize>,
 }
@@ -50,8 +48,8 @@ impl GgufFile {
     }
 
     /// Reads the header of a file in memory; `name` is for messages.
-    pub fn from_bytes(bytes: Bytes, name: impl Into<String>) -> Result<Self> {
-        let name = name.into();
+    pub fn from_bytes(bytes: impl Into<FileBytes>, name: impl Into<String>) -> Result<Self> {
+        let (bytes, name) = (bytes.into(), name.into());
         let header = read::read_header(&bytes).map_err(|error| error.in_file(&name))?;
         let names = header.tensors.iter().enumerate();
         let index = names.map(|(position, tensor)| (tensor.name.clone(), position)).collect();
@@ -117,7 +115,7 @@ impl GgufFile {
     }
 
     /// The bytes of a tensor of this file, without a copy.
-    pub fn bytes(&self, tensor: &TensorInfo) -> Bytes {
+    pub fn bytes(&self, tensor: &TensorInfo) -> FileBytes {
         self.bytes.slice(tensor.range.clone())
     }
 
@@ -142,29 +140,6 @@ impl GgufFile {
                 "I2_S, TQ1_0, TQ2_0, Q2_0, Q1_0, PQ2_0, PTQ1_0, F32, F16, BF16, Q8_0, Q4_0, Q4_1, \
                  Q5_0, Q5_1, Q4_K, Q5_K, Q6_K",
             )),
-        }
-    }
-
-    /// Reads a float tensor of `len` numbers, such as the weights of a norm.
-    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let info = self.info(name)?;
-        if info.n_elements() != len {
-            let what = format!("shape of tensor {name}");
-            let got = format!("{:?}", info.shape);
-            return Err(Error::malformed(what, format!("[{len}]"), got).in_file(&self.name));
-        }
-        match self.tensor(name)? {
-            Tensor::Float(tensor) => {
-                let mut numbers = vec![0.0; len];
-                for (row, out) in numbers.chunks_exact_mut(tensor.cols()).enumerate() {
-                    tensor.decode_row(row, out);
-                }
-                Ok(numbers)
-            }
-            Tensor::Ternary(tensor) => {
-                let what = format!("type of tensor {name}");
-                Err(Error::malformed(what, "floats", tensor.packing()).in_file(&self.name))
-            }
         }
     }
 }

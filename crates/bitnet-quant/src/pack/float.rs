@@ -10,6 +10,7 @@ use super::half_float::{f16_to_f32, half_at};
 use super::kquant::{Q4K, Q5K, Q6K};
 use super::{PARALLEL_BYTES, float_block, kquant};
 use crate::error::{Error, Result};
+use crate::mapping::FileBytes;
 use bitnet_core::weights::{FloatRows, FloatType};
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -96,7 +97,7 @@ pub struct FloatTensor {
     format: FloatFormat,
     rows: usize,
     cols: usize,
-    bytes: Bytes,
+    bytes: FileBytes,
 }
 
 impl FloatTensor {
@@ -106,8 +107,9 @@ impl FloatTensor {
         format: FloatFormat,
         rows: usize,
         cols: usize,
-        bytes: Bytes,
+        bytes: impl Into<FileBytes>,
     ) -> Result<Self> {
+        let bytes = bytes.into();
         let expected = format.bytes(what, rows, cols)?;
         if bytes.len() != expected {
             return Err(Error::malformed(
@@ -136,7 +138,7 @@ impl FloatTensor {
     }
 
     /// The matrix as stored.
-    pub fn bytes(&self) -> &Bytes {
+    pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 }
@@ -171,9 +173,13 @@ impl FloatRows for FloatTensor {
 
     fn raw(&self) -> Option<(FloatType, Bytes)> {
         match self.format {
-            FloatFormat::Plain(number) => Some((number, self.bytes.clone())),
+            FloatFormat::Plain(number) => Some((number, self.bytes.as_bytes().clone())),
             _ => None,
         }
+    }
+
+    fn release(&self) {
+        self.bytes.release();
     }
 }
 

@@ -16,7 +16,6 @@
 
 use super::codes::first_code_3;
 use crate::error::{Error, Result};
-use bytes::Bytes;
 
 /// Columns of a block.
 pub const COLS: usize = 128;
@@ -124,7 +123,7 @@ fn encode_planes<const N: usize, const COLS: usize>(codes: &[u8], bytes: &mut [u
 }
 
 /// Checks a tensor's bytes (codes and tail) and returns its scale. The length was checked before.
-pub(super) fn validate(what: &str, bytes: &Bytes) -> Result<f32> {
+pub(super) fn validate(what: &str, bytes: &[u8]) -> Result<f32> {
     let (codes, tail) = bytes.split_at(bytes.len() - TAIL);
     let scale = f32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]);
     if !scale.is_finite() {
@@ -173,9 +172,9 @@ mod tests {
         let mut bytes = vec![0b01010101; 32];
         bytes.extend(0.75f32.to_le_bytes());
         bytes.resize(64, 0xEE);
-        assert_eq!(validate("w", &bytes.clone().into()).unwrap(), 0.75);
+        assert_eq!(validate("w", &bytes).unwrap(), 0.75);
         bytes[32..36].copy_from_slice(&f32::NAN.to_le_bytes());
-        let message = validate("w", &bytes.into()).unwrap_err().to_string();
+        let message = validate("w", &bytes).unwrap_err().to_string();
         assert_eq!(message, "scale of w: expected a finite number, got NaN");
     }
 
@@ -186,7 +185,7 @@ mod tests {
                 let mut bytes = vec![0b10_10_10_10; 64];
                 bytes[position] |= 3 << shift;
                 bytes.resize(96, 0);
-                let message = validate("w", &bytes.into()).unwrap_err().to_string();
+                let message = validate("w", &bytes).unwrap_err().to_string();
                 assert!(message.contains(&format!("code 3 in byte {position} of 64")), "{message}");
             }
         }

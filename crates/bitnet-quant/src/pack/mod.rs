@@ -26,8 +26,8 @@ pub use float::{FloatFormat, FloatTensor, encode_float};
 pub use i2_s::I2sLayout;
 
 use crate::error::{Error, Result};
+use crate::mapping::FileBytes;
 use bitnet_core::weights::{Scales, TernaryRows};
-use bytes::Bytes;
 use std::fmt;
 
 /// Tensors of this many bytes are checked on several threads: those of rayon.
@@ -128,7 +128,7 @@ pub struct TernaryTensor {
     packing: Packing,
     rows: usize,
     cols: usize,
-    bytes: Bytes,
+    bytes: FileBytes,
     scales: Scales,
 }
 
@@ -142,8 +142,9 @@ impl TernaryTensor {
         packing: Packing,
         rows: usize,
         cols: usize,
-        bytes: Bytes,
+        bytes: impl Into<FileBytes>,
     ) -> Result<Self> {
+        let bytes = bytes.into();
         check_len(what, packing, rows, cols, &bytes)?;
         let scales = match packing {
             Packing::I2S(_) => Scales::Tensor(i2_s::validate(what, &bytes)?),
@@ -166,9 +167,10 @@ impl TernaryTensor {
         packing: Packing,
         rows: usize,
         cols: usize,
-        bytes: Bytes,
+        bytes: impl Into<FileBytes>,
         scales: Scales,
     ) -> Result<Self> {
+        let bytes = bytes.into();
         if packing.has_scales() {
             return Err(Error::malformed(what, "scales among the bytes", "scales beside them"));
         }
@@ -192,7 +194,7 @@ impl TernaryTensor {
     }
 
     /// The packed matrix, as it came.
-    pub fn bytes(&self) -> &Bytes {
+    pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 }
@@ -227,9 +229,13 @@ impl TernaryRows for TernaryTensor {
             }
         }
     }
+
+    fn release(&self) {
+        self.bytes.release();
+    }
 }
 
-fn check_len(what: &str, packing: Packing, rows: usize, cols: usize, bytes: &Bytes) -> Result<()> {
+fn check_len(what: &str, packing: Packing, rows: usize, cols: usize, bytes: &[u8]) -> Result<()> {
     let expected = packing.bytes(what, rows, cols)?;
     if bytes.len() == expected {
         return Ok(());

@@ -49,9 +49,9 @@ fn read(
     scales: &Scales,
 ) -> TernaryTensor {
     if packing.has_scales() {
-        TernaryTensor::new("w", packing, rows, cols, bytes.into()).unwrap()
+        TernaryTensor::new("w", packing, rows, cols, bytes).unwrap()
     } else {
-        TernaryTensor::with_scales("w", packing, rows, cols, bytes.into(), scales.clone()).unwrap()
+        TernaryTensor::with_scales("w", packing, rows, cols, bytes, scales.clone()).unwrap()
     }
 }
 
@@ -148,9 +148,9 @@ proptest! {
         let len = packing.bytes("w", rows, cols).unwrap();
         bytes.resize(len, 0b01_01_01_01);
         let tensor = if packing.has_scales() {
-            TernaryTensor::new("w", packing, rows, cols, bytes.into())
+            TernaryTensor::new("w", packing, rows, cols, bytes)
         } else {
-            TernaryTensor::with_scales("w", packing, rows, cols, bytes.into(), Scales::Tensor(1.0))
+            TernaryTensor::with_scales("w", packing, rows, cols, bytes, Scales::Tensor(1.0))
         };
         let Ok(tensor) = tensor else { return Ok(()) };
         let max = if matches!(packing, Packing::Q2_0 | Packing::Q2_0G128 | Packing::Codes) { 3 } else { 2 };
@@ -201,7 +201,7 @@ fn what_does_not_fit_is_refused_with_its_reason() {
 #[test]
 fn wrong_lengths_shapes_and_scales_are_refused() {
     let new = |packing, rows, cols, len| {
-        TernaryTensor::new("w", packing, rows, cols, vec![0; len].into()).unwrap_err().to_string()
+        TernaryTensor::new("w", packing, rows, cols, vec![0; len]).unwrap_err().to_string()
     };
     assert_eq!(
         new(Packing::Tq2_0, 2, 256, 131),
@@ -211,7 +211,7 @@ fn wrong_lengths_shapes_and_scales_are_refused() {
     assert!(new(Packing::Tq2_0, 0, 256, 0).contains("a size in memory"));
     assert!(new(Packing::HfU8, 4, 4, 4).contains("scales beside the codes, got none"));
     let beside = |packing, scales| {
-        TernaryTensor::with_scales("w", packing, 4, 32, vec![0; 32].into(), scales)
+        TernaryTensor::with_scales("w", packing, 4, 32, vec![0; 32], scales)
             .unwrap_err()
             .to_string()
     };
@@ -228,7 +228,7 @@ fn bad_blocks_are_named() {
     let mut bytes = vec![0; 4 * 66];
     bytes[3 * 66 + 65] = 0x7C; // infinity
     let new = |bytes: &[u8]| {
-        let bytes = Bytes::copy_from_slice(bytes);
+        let bytes = bytes.to_vec();
         TernaryTensor::new("w", Packing::Tq2_0, 2, 512, bytes).unwrap_err().to_string()
     };
     assert_eq!(new(&bytes), "w, row 1, columns from 256: expected a finite scale, got inf");
@@ -258,7 +258,7 @@ fn large_tensors_are_checked_like_small_ones() {
             let mut bytes = encoded.bytes;
             let middle = bytes.len() / 66 / 2 * 66;
             bytes[middle] = 0xFF;
-            assert!(TernaryTensor::new("w", packing, rows, cols, bytes.into()).is_err());
+            assert!(TernaryTensor::new("w", packing, rows, cols, bytes).is_err());
         }
     }
 }
