@@ -118,8 +118,9 @@ pub struct WeightCount {
 /// What cannot be learnt from a file and must be said.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct OpenOptions {
-    /// The layout of I2_S tensors, which carry no mark of it.
-    pub i2s_layout: I2sLayout,
+    /// The layout of I2_S tensors, which carry no mark of it. `None`: the one the weights speak
+    /// for, and the canonical one if they are silent.
+    pub i2s_layout: Option<I2sLayout>,
 }
 
 impl Checkpoint {

@@ -6,11 +6,12 @@
 //! [`super::text`].
 
 use super::{GgufFile, TensorInfo, names, text};
-use crate::checkpoint::{FileFormat, Kind, OpenOptions, Parts, Tensor};
+use crate::checkpoint::{FileFormat, Kind, OpenOptions, Override, Parts, Tensor};
 use crate::config::{Architecture, HiddenAct, ModelConfig, RopeScaling};
 use crate::error::{Error, Result};
 use crate::hf::Quantization;
 use crate::mapping::FileBytes;
+use crate::pack::I2sLayout;
 use crate::rows::HeadOrder;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,10 +28,11 @@ const ARCHITECTURES: &str = "bitnet-b1.58, bitnet-25, bitnet, llama, qwen3";
 
 /// Opens the file in `bytes`; `label` names it in messages.
 pub(crate) fn load(bytes: &FileBytes, label: &str, options: OpenOptions) -> Result<Parts> {
-    let file = GgufFile::from_bytes(bytes.clone(), label)?.with_i2s_layout(options.i2s_layout);
+    let mut overrides = Vec::new();
+    let file = GgufFile::from_bytes(bytes.clone(), label)?;
+    let file = with_i2s_layout(file, options.i2s_layout, &mut overrides);
     refuse_other_kinds(&file)?;
     let family: &str = file.require("general.architecture")?;
-    let mut overrides = Vec::new();
     let config = config(&file, family, label)?;
     let text = text::read(&file, family, config.vocab_size, &mut overrides)?;
     let tensors = tensors(&file, label)?;
@@ -56,6 +58,24 @@ pub(crate) fn load(bytes: &FileBytes, label: &str, options: OpenOptions) -> Resu
         head_order: (family == "llama").then(|| HeadOrder::halves(config.head_dim)),
         config,
     })
+}
+
+/// Settles how I2_S tensors are laid out: as `asked`, or else as their weights tell.
+fn with_i2s_layout(
+    file: GgufFile,
+    asked: Option<I2sLayout>,
+    overrides: &mut Vec<Override>,
+) -> GgufFile {
+    let layout = asked.or_else(|| file.detect_i2s_layout()).unwrap_or_default();
+    if asked.is_none() && layout != I2sLayout::Canonical128 {
+        overrides.push(Override {
+            what: "I2_S layout",
+            found: "unmarked".into(),
+            used: layout.to_string(),
+            why: "zeros of feed-forward rows and columns only match in this layout",
+        });
+    }
+    file.with_i2s_layout(layout)
 }
 
 /// Files that hold no whole decoder, or one whose weights mean something else.

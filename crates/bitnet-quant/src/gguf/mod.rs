@@ -4,6 +4,7 @@
 //! Architectures, tensor names and tokenizers mean something only in `load`, `names` and `text`,
 //! which make a checkpoint of a file.
 
+mod i2s_layout;
 pub(crate) mod load;
 pub mod metadata;
 pub(crate) mod names;
@@ -56,8 +57,13 @@ impl GgufFile {
         Ok(Self { name, bytes, header, index })
     }
 
-    /// Takes I2_S tensors as laid out otherwise than the canonical way, which nothing in the file
-    /// can tell; see [`I2sLayout`].
+    /// The layout of the I2_S tensors, if the trained weights of the feed-forward blocks give it
+    /// away; nothing else in a file does. Reads a few megabytes at most.
+    pub fn detect_i2s_layout(&self) -> Option<I2sLayout> {
+        i2s_layout::detect(self)
+    }
+
+    /// Takes I2_S tensors to be laid out so. Without this they are taken as canonical.
     #[must_use]
     pub fn with_i2s_layout(mut self, layout: I2sLayout) -> Self {
         for tensor in &mut self.header.tensors {

@@ -16,6 +16,8 @@
 
 use super::codes::first_code_3;
 use crate::error::{Error, Result};
+use std::fmt;
+use std::str::FromStr;
 
 /// Columns of a block.
 pub const COLS: usize = 128;
@@ -28,9 +30,10 @@ const _: () = assert!(BYTES * 4 == COLS && TAIL >= size_of::<f32>());
 
 /// How the codes of an I2_S tensor are ordered.
 ///
-/// Nothing in the bytes of one tensor tells the layouts apart: they permute the same codes. So
-/// [`I2sLayout::Canonical128`] is assumed, and the others must be asked for by who knows that the
-/// file was quantized on an ARM machine, or without activation parallelism, and gives nonsense.
+/// Nothing in the bytes of one tensor tells the layouts apart: they permute the same codes. The
+/// tensors of a trained model together do, see `GgufFile::detect_i2s_layout`; where they do not,
+/// [`I2sLayout::Canonical128`] is assumed, and the others must be asked for by who knows where the
+/// file was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub enum I2sLayout {
     /// 128 columns in 32 bytes: what x86 builds write and the published files hold.
@@ -44,9 +47,35 @@ pub enum I2sLayout {
     FourRows,
 }
 
+impl fmt::Display for I2sLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for I2sLayout {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let layout = Self::ALL.into_iter().find(|layout| layout.name() == name);
+        layout.ok_or_else(|| {
+            Error::unsupported("I2_S layout", name, Self::ALL.map(Self::name).join(", "))
+        })
+    }
+}
+
 impl I2sLayout {
     /// All layouts, the canonical one first.
     pub const ALL: [Self; 3] = [Self::Canonical128, Self::Arm64, Self::FourRows];
+
+    /// Short name, as [`fmt::Display`] writes and [`FromStr`] reads it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Canonical128 => "canonical",
+            Self::Arm64 => "arm64",
+            Self::FourRows => "four-rows",
+        }
+    }
 
     /// Checks that a matrix of this shape can be laid out so.
     pub(super) fn check_shape(self, what: &str, rows: usize, cols: usize) -> Result<()> {
@@ -82,7 +111,7 @@ impl I2sLayout {
 
     /// Adds the codes of row `row` to `bytes`, the zeroed codes of the rows that share bytes with
     /// it: that row alone, or its group of four.
-    pub(super) fn encode_row(self, row: usize, codes: &[u8], bytes: &mut [u8]) {
+    pub(crate) fn encode_row(self, row: usize, codes: &[u8], bytes: &mut [u8]) {
         match self {
             Self::Canonical128 => encode_planes::<32, 128>(codes, bytes),
             Self::Arm64 => encode_planes::<16, 64>(codes, bytes),
@@ -96,7 +125,7 @@ impl I2sLayout {
     }
 
     /// Rows that share bytes.
-    pub(super) fn rows_together(self) -> usize {
+    pub(crate) fn rows_together(self) -> usize {
         if self == Self::FourRows { 4 } else { 1 }
     }
 }
@@ -165,6 +194,18 @@ mod tests {
             I2sLayout::FourRows.encode_row(row, codes, &mut bytes);
         }
         assert_eq!(bytes, [0b00_01_10_00, 0b01_10_00_01]);
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for layout in I2sLayout::ALL {
+            assert_eq!(layout.to_string().parse::<I2sLayout>().unwrap(), layout);
+        }
+        let message = "neon".parse::<I2sLayout>().unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "I2_S layout neon is not supported; supported: canonical, arm64, four-rows"
+        );
     }
 
     #[test]

@@ -61,8 +61,8 @@ impl fmt::Display for Packing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::I2S(I2sLayout::Canonical128) => "I2_S",
-            Self::I2S(I2sLayout::Arm64) => "I2_S (ARM layout)",
-            Self::I2S(I2sLayout::FourRows) => "I2_S (four-row layout)",
+            Self::I2S(I2sLayout::Arm64) => "I2_S (arm64)",
+            Self::I2S(I2sLayout::FourRows) => "I2_S (four-rows)",
             Self::Tq1_0 => "TQ1_0",
             Self::Tq2_0 => "TQ2_0",
             Self::Q2_0 => "Q2_0",
