@@ -11,6 +11,8 @@
 #[macro_use]
 mod scalar;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod float;
 mod memory;
 mod packed;
@@ -108,6 +110,12 @@ static KNOWN: &[&Kernels] = &[
     &x86_64::AVXVNNI,
     #[cfg(target_arch = "x86_64")]
     &x86_64::AVX2,
+    #[cfg(target_arch = "aarch64")]
+    &aarch64::I8MM,
+    #[cfg(target_arch = "aarch64")]
+    &aarch64::DOTPROD,
+    #[cfg(target_arch = "aarch64")]
+    &aarch64::NEON,
     &SCALAR,
 ];
 

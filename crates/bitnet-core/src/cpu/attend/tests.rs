@@ -4,6 +4,7 @@ use crate::cpu::kv::{CpuKv, Part};
 
 /// Every set this CPU has, the portable one first.
 fn sets() -> Vec<(&'static str, &'static AttentionKernels)> {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
     let mut sets = vec![("portable", &PORTABLE)];
     #[cfg(target_arch = "x86_64")]
     {
