@@ -7,7 +7,7 @@
 //!
 //! Knows formats only through `hf` and `gguf`, and runs no model.
 
-mod shapes;
+pub(crate) mod shapes;
 mod tensor;
 
 use crate::absmean::{Absmean, StoredTernary};
@@ -72,6 +72,16 @@ pub(crate) struct Parts {
     pub(crate) activation_group: Option<usize>,
     /// The order of rows in `q_proj` and `k_proj`, where it is not that of halves.
     pub(crate) head_order: Option<HeadOrder>,
+    /// Where all this was read from.
+    pub(crate) origin: Origin,
+}
+
+/// Where a checkpoint was read from, for those who need more of it than the view has.
+pub(crate) enum Origin {
+    /// A Hugging Face folder.
+    Folder(ModelFiles),
+    /// The bytes of a GGUF file.
+    Gguf(FileBytes),
 }
 
 /// The formats a checkpoint can have.
@@ -197,6 +207,11 @@ impl Checkpoint {
         Ok(Self { parts })
     }
 
+    /// What it was made of.
+    pub(crate) fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
     /// The hyper-parameters.
     pub fn config(&self) -> &ModelConfig {
         &self.parts.config
@@ -220,6 +235,12 @@ impl Checkpoint {
     /// Every tensor of the files, also those no model uses, by canonical name.
     pub fn tensors(&self) -> Vec<TensorEntry> {
         self.parts.tensors.iter().map(|(name, tensor)| tensor.entry(name)).collect()
+    }
+
+    /// Paths of all projections, layer by layer, as [`Checkpoint::linear`] takes them.
+    pub fn projections(&self) -> impl Iterator<Item = String> {
+        let layers = 0..self.parts.config.num_hidden_layers;
+        layers.flat_map(|index| shapes::PROJECTIONS.map(|part| shapes::layer(index, part)))
     }
 
     /// Whether there is a weight of the module `path`, for instance `lm_head`.
@@ -282,14 +303,35 @@ impl Checkpoint {
         table.map_err(|e| e.in_file(&tensor.file))
     }
 
+    /// Whether the projection `path` lies in the file as floats, whatever is made of them.
+    pub(crate) fn is_stored_float(&self, path: &str) -> bool {
+        let tensor = self.parts.tensors.get(&format!("{path}.weight"));
+        tensor.is_some_and(|tensor| matches!(tensor.kind, Kind::Float(_)))
+    }
+
+    /// The floats of a projection that lies in the file as such, rows in the order of halves.
+    pub(crate) fn stored_float(&self, path: &str) -> Result<Arc<dyn FloatRows>> {
+        let name = format!("{path}.weight");
+        let (tensor, shape) = self.matrix_tensor(&name)?;
+        let source = tensor.float(&name, shape).map_err(|e| e.in_file(&tensor.file))?;
+        Ok(match self.head_order(path) {
+            Some(order) => Arc::new(ReorderedFloat { source, order }),
+            None => source,
+        })
+    }
+
+    /// The order in which the file has the rows of a projection, where it is not that of halves.
+    pub(crate) fn head_order(&self, path: &str) -> Option<HeadOrder> {
+        let ordered = path.ends_with(".q_proj") || path.ends_with(".k_proj");
+        self.parts.head_order.filter(|_| ordered)
+    }
+
     fn read_linear(&self, path: &str) -> Result<LinearWeights> {
         let name = format!("{path}.weight");
         let (tensor, shape) = self.matrix_tensor(&name)?;
         let mut matrix = self.matrix(path, &name, tensor, shape)?;
         let mut bias = self.vector(&format!("{path}.bias"))?;
-        if let Some(order) = self.parts.head_order
-            && (path.ends_with(".q_proj") || path.ends_with(".k_proj"))
-        {
+        if let Some(order) = self.head_order(path) {
             matrix = match matrix {
                 Matrix::Float(source) => Matrix::Float(Arc::new(ReorderedFloat { source, order })),
                 Matrix::Ternary { weights, activations } => Matrix::Ternary {

@@ -7,7 +7,7 @@ pub(crate) mod config;
 mod sentencepiece;
 pub(crate) mod text;
 
-use crate::checkpoint::{FileFormat, Kind, Parts, Tensor, plain_format};
+use crate::checkpoint::{FileFormat, Kind, Origin, Parts, Tensor, plain_format};
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
 use crate::pack::Packing;
@@ -19,7 +19,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use config::HfConfig;
-pub(crate) use config::{Mode, Quantization, ScaleUse};
+pub use config::ScaleUse;
+pub(crate) use config::{Mode, Quantization, lists};
 
 /// The index of a checkpoint in several files.
 const INDEX: &str = "model.safetensors.index.json";
@@ -59,6 +60,7 @@ pub(crate) fn load(files: &ModelFiles, weights: Option<&str>) -> Result<Parts> {
         quantization,
         activation_group: None,
         head_order: None,
+        origin: Origin::Folder(files.clone()),
     })
 }
 

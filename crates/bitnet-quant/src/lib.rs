@@ -8,12 +8,14 @@
 pub mod absmean;
 pub mod checkpoint;
 pub mod config;
+pub mod convert;
 pub mod error;
 mod files;
 pub mod gguf;
 mod hf;
 pub mod mapping;
 pub mod pack;
+pub mod quantize;
 mod rows;
 pub mod safetensors;
 pub mod text;

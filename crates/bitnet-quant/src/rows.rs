@@ -15,7 +15,6 @@ pub(crate) struct HeadOrder {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Direction {
     ToHalves,
-    #[cfg(test)]
     ToNeighbours,
 }
 
@@ -26,9 +25,13 @@ impl HeadOrder {
     }
 
     /// Shows halves as neighbours: what a llama GGUF file needs when written.
-    #[cfg(test)]
     pub(crate) fn neighbours(head_dim: usize) -> Self {
         Self { head_dim, direction: Direction::ToNeighbours }
+    }
+
+    /// Whether one undoes the other.
+    pub(crate) fn is_inverse_of(self, other: Self) -> bool {
+        self.head_dim == other.head_dim && self.direction != other.direction
     }
 
     /// The row of the source that stands at `row` in this order.
@@ -36,7 +39,6 @@ impl HeadOrder {
         let (head, row, half) = (row / self.head_dim, row % self.head_dim, self.head_dim / 2);
         let row = match self.direction {
             Direction::ToHalves => 2 * (row % half) + row / half,
-            #[cfg(test)]
             Direction::ToNeighbours => row / 2 + row % 2 * half,
         };
         head * self.head_dim + row

@@ -1,6 +1,8 @@
 //! What a checkpoint says about its text: the raw material of a tokenizer and a chat template.
 //! Nothing is interpreted here; the engine builds tokenizers.
 
+pub mod pretokenizers;
+
 use bytes::Bytes;
 
 /// Tokenizer and template of a checkpoint, after known wrong metadata was corrected.

@@ -2,34 +2,13 @@
 
 mod common;
 
-use bitnet_core::weights::{ActivationQuant, FloatRows, Matrix, Scales};
+use bitnet_core::weights::ActivationQuant;
 use bitnet_quant::Checkpoint;
 use bitnet_quant::checkpoint::{FileFormat, ModelFiles};
 use bitnet_quant::config::{Architecture, HiddenAct, ModelConfig, RopeScaling};
 use bitnet_quant::text::TokenizerSource;
 use bytes::Bytes;
-use common::{PROJECTIONS, golden, golden_path};
-
-/// All codes of a projection, its scale and the quantization of its input.
-fn trits(checkpoint: &Checkpoint, path: &str) -> (Vec<u8>, f32, ActivationQuant) {
-    let linear = checkpoint.linear(path).unwrap();
-    assert!(linear.bias.is_none() && linear.input_norm.is_none());
-    let Matrix::Ternary { weights, activations } = linear.matrix else { panic!("{path} is float") };
-    let mut codes = vec![9; weights.rows() * weights.cols()];
-    for (row, codes) in codes.chunks_mut(weights.cols()).enumerate() {
-        weights.decode_row(row, codes);
-    }
-    let Scales::Tensor(scale) = weights.scales() else { panic!("{path} has several scales") };
-    (codes, *scale, activations)
-}
-
-fn rows(table: &dyn FloatRows) -> Vec<f32> {
-    let mut all = vec![0.0; table.rows() * table.cols()];
-    for (row, out) in all.chunks_mut(table.cols()).enumerate() {
-        table.decode_row(row, out);
-    }
-    all
-}
+use common::{PROJECTIONS, floats, golden, golden_path, trits};
 
 /// The forms of one golden model hold the same trits and, within the rounding of their inverses
 /// and means, the same scales.
@@ -142,7 +121,7 @@ fn settings_of_llama_ternary_tiny() {
     assert_eq!(config.rope_scaling, scaling);
     let head = checkpoint.table("lm_head").unwrap();
     assert_eq!((head.rows(), head.cols()), (320, 128));
-    assert_ne!(rows(&*head), rows(&*checkpoint.table("model.embed_tokens").unwrap()));
+    assert_ne!(floats(&*head), floats(&*checkpoint.table("model.embed_tokens").unwrap()));
 }
 
 #[test]

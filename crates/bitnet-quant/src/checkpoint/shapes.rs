@@ -56,7 +56,7 @@ pub(super) fn check(parts: &Parts) -> Result<()> {
 }
 
 /// Canonical names and shapes of all tensors the model uses: `(out, in)` for matrices.
-pub(super) fn expected(parts: &Parts) -> Vec<(String, Vec<usize>)> {
+pub(crate) fn expected(parts: &Parts) -> Vec<(String, Vec<usize>)> {
     let config = &parts.config;
     let mut all = vec![
         ("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, config.hidden_size]),

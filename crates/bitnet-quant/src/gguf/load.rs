@@ -6,7 +6,7 @@
 //! [`super::text`].
 
 use super::{GgufFile, TensorInfo, names, text};
-use crate::checkpoint::{FileFormat, Kind, OpenOptions, Override, Parts, Tensor};
+use crate::checkpoint::{FileFormat, Kind, OpenOptions, Origin, Override, Parts, Tensor};
 use crate::config::{Architecture, HiddenAct, ModelConfig, RopeScaling};
 use crate::error::{Error, Result};
 use crate::hf::Quantization;
@@ -38,7 +38,11 @@ pub(crate) fn load(bytes: &FileBytes, label: &str, options: OpenOptions) -> Resu
     let tensors = tensors(&file, label)?;
 
     let embeds = tensors.contains_key("model.layers.0.self_attn.q_proj.norm.weight");
-    let bitnet = config.architecture == Architecture::Bitnet || embeds;
+    // Floats beside ternary projections were left so; floats alone are masters.
+    let has_ternary = tensors
+        .iter()
+        .any(|(name, t)| name.ends_with("_proj.weight") && matches!(t.kind, Kind::Ternary(_)));
+    let masters = (config.architecture == Architecture::Bitnet || embeds) && !has_ternary;
     let activation_group: Option<usize> = file.get(ACTIVATION_GROUP_KEY)?;
     if let Some(group) = activation_group
         && (group == 0 || group > 1024 || !group.is_multiple_of(16))
@@ -53,9 +57,10 @@ pub(crate) fn load(bytes: &FileBytes, label: &str, options: OpenOptions) -> Resu
         overrides,
         tensors,
         projection_norm_eps: config.rms_norm_eps,
-        quantization: bitnet.then(Quantization::either),
+        quantization: masters.then(Quantization::either),
         activation_group,
         head_order: (family == "llama").then(|| HeadOrder::halves(config.head_dim)),
+        origin: Origin::Gguf(bytes.clone()),
         config,
     })
 }

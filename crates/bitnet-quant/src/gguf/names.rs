@@ -50,7 +50,6 @@ pub(crate) fn canonical(name: &str) -> Option<String> {
 }
 
 /// The GGUF name of a tensor by its Hugging Face name, if it has one.
-#[cfg(test)]
 pub(crate) fn gguf(name: &str) -> Option<String> {
     if let Some((gguf, _)) = WHOLE.iter().find(|(_, canonical)| *canonical == name) {
         return Some((*gguf).to_owned());

@@ -42,7 +42,7 @@ pub(crate) enum Mode {
 
 /// What `weight_scale` does to a product: the two classes of linear layers in transformers differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ScaleUse {
+pub enum ScaleUse {
     /// `autobitlinear`: the product is multiplied by it.
     Multiply,
     /// `bitlinear`: the product is divided by it.
@@ -334,15 +334,19 @@ impl Quantization {
         Self { mode: Mode::Either, scale_use: ScaleUse::Multiply, modules_to_not_convert }
     }
 
-    /// Whether the module `path` (`model.layers.0.mlp.up_proj`) is stored as ternary weights: no
-    /// entry of `modules_to_not_convert` names it or a part of its path.
+    /// Whether the module `path` (`model.layers.0.mlp.up_proj`) is stored as ternary weights.
     pub(crate) fn converts(&self, path: &str) -> bool {
-        let dotted = format!(".{path}.");
-        !self.modules_to_not_convert.iter().any(|entry| {
-            let entry = entry.trim_matches('.');
-            !entry.is_empty() && dotted.contains(&format!(".{entry}."))
-        })
+        !lists(&self.modules_to_not_convert, path)
     }
+}
+
+/// Whether one of `entries` names the module `path` or a part of its path.
+pub(crate) fn lists(entries: &[String], path: &str) -> bool {
+    let dotted = format!(".{path}.");
+    entries.iter().any(|entry| {
+        let entry = entry.trim_matches('.');
+        !entry.is_empty() && dotted.contains(&format!(".{entry}."))
+    })
 }
 
 #[cfg(test)]

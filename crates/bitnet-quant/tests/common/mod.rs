@@ -1,7 +1,7 @@
 //! What the tests of this crate share.
 #![allow(dead_code)] // each test file uses its part
 
-use bitnet_core::weights::Matrix;
+use bitnet_core::weights::{ActivationQuant, FloatRows, Matrix, Scales};
 use bitnet_quant::checkpoint::ModelFiles;
 use bitnet_quant::safetensors::{Planned, write_header};
 use bitnet_quant::{Checkpoint, Error};
@@ -39,22 +39,27 @@ pub(crate) struct Tiny {
 
 impl Tiny {
     pub(crate) fn new() -> Self {
+        Self::sized(16, 32)
+    }
+
+    /// The same with other widths.
+    pub(crate) fn sized(hidden: usize, intermediate: usize) -> Self {
         let config = serde_json::json!({
-            "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
+            "model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate,
             "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8,
             "tie_word_embeddings": true,
             "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}
         });
         let mut tiny = Self { config, tensors: Vec::new() };
-        tiny.push_f32("model.embed_tokens.weight", &[8, 16], &[0.5; 128]);
+        tiny.push_f32("model.embed_tokens.weight", &[8, hidden], &vec![0.5; 8 * hidden]);
         for norm in ["norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm"] {
-            tiny.push_f32(&format!("model.{norm}.weight"), &[16], &[1.0; 16]);
+            tiny.push_f32(&format!("model.{norm}.weight"), &[hidden], &vec![1.0; hidden]);
         }
         for part in PROJECTIONS {
             let (rows, cols) = match part {
-                "mlp.gate_proj" | "mlp.up_proj" => (32, 16),
-                "mlp.down_proj" => (16, 32),
-                _ => (16, 16),
+                "mlp.gate_proj" | "mlp.up_proj" => (intermediate, hidden),
+                "mlp.down_proj" => (hidden, intermediate),
+                _ => (hidden, hidden),
             };
             let path = format!("model.layers.0.{part}");
             tiny.push_f32(&format!("{path}.weight_scale"), &[1], &[0.25]);
@@ -117,4 +122,29 @@ pub(crate) fn read_all(checkpoint: &Checkpoint) -> Result<(), Error> {
     let table = checkpoint.table("model.embed_tokens")?;
     table.decode_row(table.rows() - 1, &mut vec![0.0; table.cols()]);
     checkpoint.norm("model.norm").map(|_| ())
+}
+
+/// What a projection is: codes row by row, scale, quantization of its input.
+pub(crate) type Trits = (Vec<u8>, f32, ActivationQuant);
+
+/// The trits of a projection with one scale and neither bias nor norm.
+pub(crate) fn trits(checkpoint: &Checkpoint, path: &str) -> Trits {
+    let linear = checkpoint.linear(path).unwrap();
+    assert!(linear.bias.is_none() && linear.input_norm.is_none());
+    let Matrix::Ternary { weights, activations } = linear.matrix else { panic!("{path} is float") };
+    let mut codes = vec![9; weights.rows() * weights.cols()];
+    for (row, codes) in codes.chunks_mut(weights.cols()).enumerate() {
+        weights.decode_row(row, codes);
+    }
+    let Scales::Tensor(scale) = weights.scales() else { panic!("{path} has several scales") };
+    (codes, *scale, activations)
+}
+
+/// All numbers of a table.
+pub(crate) fn floats(table: &dyn FloatRows) -> Vec<f32> {
+    let mut all = vec![0.0; table.rows() * table.cols()];
+    for (row, out) in all.chunks_mut(table.cols()).enumerate() {
+        table.decode_row(row, out);
+    }
+    all
 }
