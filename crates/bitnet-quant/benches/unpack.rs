@@ -69,7 +69,6 @@ fn ternary(criterion: &mut Criterion) {
         Packing::Q1_0,
         Packing::Ptq1_0,
         Packing::HfU8,
-        Packing::Codes,
     ] {
         let source = Source::new(packing != Packing::Q1_0);
         let bytes = bytes::Bytes::from(encode(packing, &source, "w").unwrap().bytes);

@@ -1,39 +1,5 @@
-//! Plain 2-bit codes: the form of weights that came from no packing, such as masters quantized at
-//! load. Exists in memory only; scales stand beside it.
-//!
-//! ```text
-//! a row of `cols` codes → q = ⌈cols / 4⌉ bytes; byte i holds columns i, i+q, i+2q, i+3q,
-//! lowest bits first
-//!
-//!   bit    7 6      5 4      3 2      1 0
-//!        w[i+3q]  w[i+2q]  w[i+q]    w[i]         code 0, 1, 2 = −1, 0, +1; 3 = +2
-//! ```
-//!
-//! The planes are as long as the row allows, so that packing and unpacking are straight loops over
-//! bytes for any number of columns. Bits without a column are 0.
-
-/// Bytes of a row of `cols` codes.
-pub const fn row_bytes(cols: usize) -> usize {
-    cols.div_ceil(4)
-}
-
-/// Packs the codes of one row (each `0..=3`) into `bytes`, which has [`row_bytes`] of their number.
-pub fn pack_row(codes: &[u8], bytes: &mut [u8]) {
-    let quarter = bytes.len();
-    bytes.fill(0);
-    for (plane, codes) in codes.chunks(quarter.max(1)).enumerate() {
-        for (byte, code) in bytes.iter_mut().zip(codes) {
-            *byte |= code << (2 * plane);
-        }
-    }
-}
-
-/// The reverse of [`pack_row`].
-pub fn unpack_row(bytes: &[u8], codes: &mut [u8]) {
-    for (plane, codes) in codes.chunks_mut(bytes.len().max(1)).enumerate() {
-        unpack_plane(bytes, plane, codes);
-    }
-}
+//! What layouts with four 2-bit codes in a byte share: taking one code out of every byte, and
+//! finding code 3, which stands for +2 and is invalid in most of them.
 
 /// Writes bits `2·plane` and `2·plane + 1` of each byte.
 pub(super) fn unpack_plane(bytes: &[u8], plane: usize, codes: &mut [u8]) {
@@ -78,21 +44,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn golden_bytes() {
-        let mut bytes = [0xFF; 2];
-        pack_row(&[0, 1, 2, 2, 1, 0, 3], &mut bytes); // planes [0 1] [2 2] [1 0] [3 –]
-        assert_eq!(bytes, [0b11_01_10_00, 0b00_00_10_01]);
-    }
-
-    #[test]
-    fn every_length_around_the_planes_survives() {
-        for cols in 0..70 {
-            let codes: Vec<u8> = (0..cols).map(|c| (c * 7 % 3) as u8).collect();
-            let mut bytes = vec![0xFF; row_bytes(cols)];
-            pack_row(&codes, &mut bytes);
-            let mut back = vec![9; cols];
-            unpack_row(&bytes, &mut back);
-            assert_eq!(back, codes);
+    fn each_plane_is_a_pair_of_bits() {
+        for plane in 0..4 {
+            let mut codes = [9; 2];
+            unpack_plane(&[0b11_10_01_00, 0b00_01_10_11], plane, &mut codes);
+            assert_eq!(codes, [plane as u8, 3 - plane as u8]);
         }
     }
 

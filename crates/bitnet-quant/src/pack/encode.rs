@@ -4,7 +4,7 @@
 //! changes them is reported. Runs on the threads of rayon.
 
 use super::block::{self, Block};
-use super::{Packing, codes, hf_u8, i2_s, ptq1_0, q1_0, q2_0, tq1_0, tq2_0};
+use super::{Packing, hf_u8, i2_s, ptq1_0, q1_0, q2_0, tq1_0, tq2_0};
 use crate::error::{Error, Result};
 use bitnet_core::weights::{Scales, TernaryRows};
 use rayon::prelude::*;
@@ -78,11 +78,6 @@ fn encode_unit(
                 trits_of(source, row, codes)?;
                 hf_u8::encode_row(rows, row, codes, bytes);
             }
-            Ok(0.0)
-        }
-        Packing::Codes => {
-            source.decode_row(unit, codes);
-            codes::pack_row(codes, bytes);
             Ok(0.0)
         }
         Packing::Tq1_0 => encode_blocks::<tq1_0::Tq1_0, _, _>(source, unit, codes, bytes),

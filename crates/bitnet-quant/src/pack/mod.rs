@@ -6,7 +6,7 @@
 //! for messages.
 
 mod block;
-pub mod codes;
+mod codes;
 pub mod float;
 pub mod float_block;
 pub mod hf_u8;
@@ -53,8 +53,6 @@ pub enum Packing {
     Ptq1_0,
     /// Hugging Face, 2 bits, scales beside it: [`hf_u8`].
     HfU8,
-    /// Plain codes in memory, scales beside them, +2 possible: [`codes`].
-    Codes,
 }
 
 impl fmt::Display for Packing {
@@ -70,7 +68,6 @@ impl fmt::Display for Packing {
             Self::Q1_0 => "Q1_0",
             Self::Ptq1_0 => "PTQ1_0",
             Self::HfU8 => "packed uint8",
-            Self::Codes => "2-bit codes",
         })
     }
 }
@@ -78,7 +75,7 @@ impl fmt::Display for Packing {
 impl Packing {
     /// Whether scales lie among the bytes, not beside them.
     pub const fn has_scales(self) -> bool {
-        !matches!(self, Self::HfU8 | Self::Codes)
+        !matches!(self, Self::HfU8)
     }
 
     /// Columns and bytes of a block, for packings that cut rows into blocks.
@@ -90,7 +87,7 @@ impl Packing {
             Self::Q2_0G128 => (q2_0::COLS_G128, q2_0::BYTES_G128),
             Self::Q1_0 => (q1_0::COLS, q1_0::BYTES),
             Self::Ptq1_0 => (ptq1_0::COLS, ptq1_0::BYTES),
-            Self::I2S(_) | Self::HfU8 | Self::Codes => return None,
+            Self::I2S(_) | Self::HfU8 => return None,
         })
     }
 
@@ -104,7 +101,6 @@ impl Packing {
                 Ok(weights / 4 + i2_s::TAIL)
             }
             Self::HfU8 => Ok(hf_u8::packed_rows(rows) * cols),
-            Self::Codes => rows.checked_mul(codes::row_bytes(cols)).ok_or_else(too_large),
             _ => {
                 // Every other packing has blocks.
                 let (block_cols, block_bytes) = self.block().unwrap_or((1, 1));
@@ -154,14 +150,14 @@ impl TernaryTensor {
             Packing::Q2_0G128 => block::read_scales::<q2_0::Q2_0G128, _, _>(what, &bytes, cols)?,
             Packing::Q1_0 => block::read_scales::<q1_0::Q1_0, _, _>(what, &bytes, cols)?,
             Packing::Ptq1_0 => block::read_scales::<ptq1_0::Ptq1_0, _, _>(what, &bytes, cols)?,
-            Packing::HfU8 | Packing::Codes => {
+            Packing::HfU8 => {
                 return Err(Error::malformed(what, "scales beside the codes", "none"));
             }
         };
         Ok(Self { packing, rows, cols, bytes, scales })
     }
 
-    /// The matrix `what` in [`Packing::HfU8`] or [`Packing::Codes`], with the scales beside it.
+    /// The matrix `what` in [`Packing::HfU8`], with the scales beside it.
     pub fn with_scales(
         what: &str,
         packing: Packing,
@@ -176,9 +172,7 @@ impl TernaryTensor {
         }
         check_len(what, packing, rows, cols, &bytes)?;
         check_scales(what, rows, cols, &scales)?;
-        if packing == Packing::HfU8
-            && let Some(position) = codes::first_code_3(&bytes)
-        {
+        if let Some(position) = codes::first_code_3(&bytes) {
             return Err(Error::malformed(
                 format!("{what} in {packing}"),
                 "the codes 0, 1 and 2",
@@ -223,10 +217,6 @@ impl TernaryRows for TernaryTensor {
             Packing::Q1_0 => block::decode_row::<q1_0::Q1_0, _, _>(bytes, row, out),
             Packing::Ptq1_0 => block::decode_row::<ptq1_0::Ptq1_0, _, _>(bytes, row, out),
             Packing::HfU8 => hf_u8::decode_row(bytes, self.rows, row, out),
-            Packing::Codes => {
-                let row_bytes = codes::row_bytes(self.cols);
-                codes::unpack_row(&bytes[row * row_bytes..][..row_bytes], out);
-            }
         }
     }
 

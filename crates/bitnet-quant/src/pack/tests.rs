@@ -27,7 +27,7 @@ impl TernaryRows for Plain {
     }
 }
 
-const ALL: [Packing; 11] = [
+const ALL: [Packing; 10] = [
     Packing::I2S(I2sLayout::Canonical128),
     Packing::I2S(I2sLayout::Arm64),
     Packing::I2S(I2sLayout::FourRows),
@@ -38,7 +38,6 @@ const ALL: [Packing; 11] = [
     Packing::Q1_0,
     Packing::Ptq1_0,
     Packing::HfU8,
-    Packing::Codes,
 ];
 
 fn read(
@@ -67,7 +66,7 @@ fn codes_of(tensor: &dyn TernaryRows) -> Vec<u8> {
 fn codes_for(packing: Packing, rows: usize, cols: usize) -> impl Strategy<Value = Vec<u8>> {
     let code = match packing {
         Packing::Q1_0 => prop_oneof![Just(0u8), Just(2u8)].boxed(),
-        Packing::Q2_0 | Packing::Q2_0G128 | Packing::Codes => (0..=3u8).boxed(),
+        Packing::Q2_0 | Packing::Q2_0G128 => (0..=3u8).boxed(),
         _ => (0..=2u8).boxed(),
     };
     let sparse = packing != Packing::Q1_0;
@@ -153,7 +152,7 @@ proptest! {
             TernaryTensor::with_scales("w", packing, rows, cols, bytes, Scales::Tensor(1.0))
         };
         let Ok(tensor) = tensor else { return Ok(()) };
-        let max = if matches!(packing, Packing::Q2_0 | Packing::Q2_0G128 | Packing::Codes) { 3 } else { 2 };
+        let max = if matches!(packing, Packing::Q2_0 | Packing::Q2_0G128) { 3 } else { 2 };
         prop_assert!(codes_of(&tensor).iter().all(|&code| code <= max));
     }
 }
@@ -218,9 +217,9 @@ fn wrong_lengths_shapes_and_scales_are_refused() {
     assert!(beside(Packing::HfU8, Scales::Tensor(f32::NAN)).contains("finite numbers, got NaN"));
     assert!(beside(Packing::HfU8, Scales::Row(vec![1.0; 3])).contains("expected 4, got 3"));
     let group = Scales::Group { group: 24, values: vec![1.0; 8] };
-    assert!(beside(Packing::Codes, group).contains("multiple of 16"));
+    assert!(beside(Packing::HfU8, group).contains("multiple of 16"));
     let group = Scales::Group { group: 16, values: vec![1.0; 7] };
-    assert!(beside(Packing::Codes, group).contains("expected 8, got 7"));
+    assert!(beside(Packing::HfU8, group).contains("expected 8, got 7"));
 }
 
 #[test]
