@@ -63,6 +63,8 @@ pub struct RopeSpec {
     pub inv_freq: Vec<f32>,
     /// Positions that must be representable: the context length.
     pub max_positions: usize,
+    /// Factor on rotated queries and keys; 1 for all but YaRN.
+    pub magnitude: f32,
 }
 
 /// The function between the two halves of a feed-forward block.

@@ -1,5 +1,60 @@
 //! How does a prompt become text?
+//!
+//! `bitnet-inference` opens a model file, brings it onto a device, and generates: tokens join and
+//! leave the model's steps as they come, share what they have in common, and every request gets the
+//! tokens it would get alone.
+//!
+//! ```
+//! use bitnet_inference::{GenerationOptions, InferenceEngine};
+//!
+//! let engine = InferenceEngine::builder().build_blocking()?;
+//! let model = engine.load_model_blocking("builtin")?;
+//! for chunk in engine.stream(&model, "Once upon a time", &GenerationOptions::default().max_tokens(10))? {
+//!     print!("{}", chunk?.text);
+//! }
+//! # Ok::<(), bitnet_inference::InferenceError>(())
+//! ```
+//!
+//! The modules in the order of the data: [`engine`] → `tokenizer` → `request` → `scheduler` →
+//! `worker` → [`decoder`] (on a [`Backend`](bitnet_core::backend::Backend)) → `sampler` →
+//! `detokenizer` → [`stream`].
+#![forbid(unsafe_code)]
 
+pub mod backend;
+pub mod builder;
+pub mod builtin;
+mod cache;
+pub mod config;
+pub mod decoder;
+pub mod detokenizer;
+pub mod device;
+pub mod engine;
+pub mod error;
+pub mod input;
+mod kv_blocks;
+pub mod model;
 pub mod options;
+pub mod request;
 pub mod sampler;
+mod scheduler;
+mod score;
+mod sequence;
+mod speculate;
 pub mod stop;
+pub mod stream;
+pub mod tokenizer;
+mod wait;
+mod worker;
+
+pub use bitnet_core::backend::KvType;
+pub use builder::InferenceEngineBuilder;
+pub use builtin::BUILTIN_MODEL;
+pub use config::{EngineConfig, MemorySize, OptimizationLevel};
+pub use device::{Device, InferenceContext};
+pub use engine::InferenceEngine;
+pub use error::{InferenceError, ModelError};
+pub use input::{InferenceInput, InferenceOutput};
+pub use model::{Model, ModelStats};
+pub use options::GenerationOptions;
+pub use request::{FinishReason, GeneratedToken, Usage};
+pub use stream::{Chunk, Generation, TokenStream};

@@ -43,7 +43,8 @@ impl CpuRope {
         let (cosines, sines) = out.split_at_mut(self.spec.inv_freq.len());
         for ((cos, sin), &frequency) in cosines.iter_mut().zip(sines).zip(&self.spec.inv_freq) {
             let (s, c) = libm::sincos(position as f64 * f64::from(frequency));
-            (*sin, *cos) = (s as f32, c as f32);
+            let magnitude = self.spec.magnitude;
+            (*sin, *cos) = (s as f32 * magnitude, c as f32 * magnitude);
         }
     }
 }
@@ -106,7 +107,7 @@ mod tests {
         let inv_freq: Vec<f32> = (0..head_dim / 2)
             .map(|i| 500_000f64.powf(-2.0 * i as f64 / head_dim as f64) as f32)
             .collect();
-        CpuRope::new(&RopeSpec { inv_freq, max_positions: 1 << 20 }).unwrap()
+        CpuRope::new(&RopeSpec { inv_freq, max_positions: 1 << 20, magnitude: 1.0 }).unwrap()
     }
 
     #[test]
@@ -150,7 +151,9 @@ mod tests {
     #[test]
     fn frequencies_must_be_numbers() {
         for inv_freq in [vec![], vec![1.0, f32::NAN], vec![f32::INFINITY]] {
-            assert!(CpuRope::new(&RopeSpec { inv_freq, max_positions: 1 }).is_err());
+            assert!(
+                CpuRope::new(&RopeSpec { inv_freq, max_positions: 1, magnitude: 1.0 }).is_err()
+            );
         }
     }
 }

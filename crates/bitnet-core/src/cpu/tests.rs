@@ -61,7 +61,8 @@ fn store_and_attend(sequences: Vec<SequenceSlice>, layer: usize, widths: [usize;
     let mut backend = CpuBackend::new(Some(2), None)?;
     let batch = Batch { tokens: vec![0; 3], sequences, logit_rows: vec![] };
     let mut kv = backend.kv_cache(SPEC)?;
-    let rope = backend.rope(&RopeSpec { inv_freq: vec![1.0; 8], max_positions: 64 })?;
+    let rope =
+        backend.rope(&RopeSpec { inv_freq: vec![1.0; 8], max_positions: 64, magnitude: 1.0 })?;
     let [mut q, mut k, v] = widths.map(|width| backend.buffer(3, width).unwrap());
     let mut out = backend.buffer(3, widths[0])?;
     backend.begin(&batch)?;

@@ -125,7 +125,8 @@ impl Case {
             dtype: self.dtype,
         };
         let mut kv = backend.kv_cache(spec).expect("a cache");
-        let rope = RopeSpec { inv_freq: self.inv_freq.clone(), max_positions: 4096 };
+        let rope =
+            RopeSpec { inv_freq: self.inv_freq.clone(), max_positions: 4096, magnitude: 1.0 };
         let rope = backend.rope(&rope).expect("rotations");
         let norms = self
             .head_norms

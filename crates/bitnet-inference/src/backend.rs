@@ -1,0 +1,31 @@
+//! The face of a loaded model towards the engine: run a batch, say what it costs.
+//!
+//! [`InferenceBackend`] hides which device a [`Decoder`](crate::decoder::Decoder) lives on, so that
+//! the scheduler and the worker are written once.
+
+use bitnet_core::backend::{Batch, DeviceInfo, KvSpec, MemoryUsage};
+
+/// A model on a device.
+///
+/// A row's logits are a function of its own sequence alone: whatever else is in the batch, they are
+/// the same to the last bit (on the CPU).
+pub trait InferenceBackend: Send + Sync {
+    /// Runs one step. Afterwards `logits` holds `(batch.logit_rows.len(), vocab_size)`, row-major.
+    ///
+    /// The caller guarantees that token ids are below the vocabulary size, that positions are below
+    /// the maximum the model was loaded for, and that block tables cover them.
+    fn execute_batch(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> bitnet_core::Result<()>;
+
+    /// Runs one step and returns the residual stream of every row: after the embedding, after each
+    /// layer, the last one after the final norm. `(layers + 1)` times `(tokens, hidden_size)`.
+    fn hidden_states(&mut self, batch: &Batch) -> bitnet_core::Result<Vec<Vec<f32>>>;
+
+    /// Shape of the paged KV cache.
+    fn kv_spec(&self) -> KvSpec;
+
+    /// The device it runs on.
+    fn device(&self) -> DeviceInfo;
+
+    /// Bytes it holds there.
+    fn get_memory_usage(&self) -> MemoryUsage;
+}

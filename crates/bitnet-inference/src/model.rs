@@ -1,0 +1,192 @@
+//! A loaded model: what it is, its text side, and the worker that runs it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bitnet_core::backend::{DeviceInfo, KvSpec, MemoryUsage};
+use bitnet_quant::checkpoint::Checkpoint;
+use bitnet_quant::config::ModelConfig;
+
+use crate::builtin::{self, BUILTIN_MODEL};
+use crate::config::EngineConfig;
+use crate::device;
+use crate::error::{InferenceError, Result};
+use crate::tokenizer::Tokenizer;
+use crate::worker::{Worker, WorkerLimits};
+
+/// A model on a device, ready to run. Clones share it; the last one to go unloads it.
+#[derive(Clone)]
+pub struct Model(Arc<Inner>);
+
+struct Inner {
+    id: String,
+    config: ModelConfig,
+    total_weights: u64,
+    tokenizer: Option<Tokenizer>,
+    load_time: Duration,
+    worker: Worker,
+}
+
+/// What a model is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelStats {
+    /// Sequences in the running set.
+    pub running: u64,
+    /// Requests waiting to enter it.
+    pub waiting: u64,
+    /// Times a sequence gave its memory back to let another one run.
+    pub preemptions: u64,
+    /// Steps run.
+    pub steps: u64,
+    /// Tokens computed in them.
+    pub tokens_computed: u64,
+    /// Blocks of the KV cache that belong to running sequences.
+    pub kv_blocks_in_use: u64,
+    /// Blocks of the KV cache.
+    pub kv_blocks: u64,
+}
+
+impl Model {
+    /// Opens `path` (or the built-in model) and brings it onto the device. Blocking.
+    pub(crate) fn load(
+        path: &Path,
+        config: &EngineConfig,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        let started = Instant::now();
+        let id = path.display().to_string();
+        let checkpoint = match path == Path::new(BUILTIN_MODEL) && !path.exists() {
+            true => builtin::checkpoint(),
+            false => Checkpoint::open(path),
+        };
+        let checkpoint = checkpoint.map_err(|e| InferenceError::file(&id, e))?;
+        Self::from_checkpoint(id, &checkpoint, config, started, progress)
+    }
+
+    fn from_checkpoint(
+        id: String,
+        checkpoint: &Checkpoint,
+        config: &EngineConfig,
+        started: Instant,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        let model_config = checkpoint.config().clone();
+        let assets = checkpoint.text();
+        let tokenizer = match &assets.tokenizer {
+            Some(_) => Some(
+                Tokenizer::from_assets(assets).map_err(|e| InferenceError::tokenizer(&id, e))?,
+            ),
+            None => None,
+        };
+        let (max_positions, kv_spec) = config.kv_cache(&model_config)?;
+        let backend = device::load(config, checkpoint, kv_spec, max_positions, progress)?;
+        let limits = WorkerLimits {
+            step: config.step_limits(model_config.vocab_size, max_positions),
+            max_waiting: config.max_waiting,
+            max_positions,
+            vocab_size: model_config.vocab_size,
+        };
+        Ok(Self(Arc::new(Inner {
+            id,
+            total_weights: checkpoint.total_weight_count(),
+            tokenizer,
+            load_time: started.elapsed(),
+            worker: Worker::spawn(&model_config.name, backend, limits)?,
+            config: model_config,
+        })))
+    }
+
+    /// The path or name it was loaded by.
+    pub fn get_model_id(&self) -> &str {
+        &self.0.id
+    }
+
+    /// Features of the residual stream (`hidden_size`).
+    pub fn get_input_dim(&self) -> usize {
+        self.0.config.hidden_size
+    }
+
+    /// Tokens the model chooses between (`vocab_size`).
+    pub fn get_output_dim(&self) -> usize {
+        self.0.config.vocab_size
+    }
+
+    /// Numbers in all tensors of its file; a tied head is counted once.
+    pub fn get_total_weight_count(&self) -> u64 {
+        self.0.total_weights
+    }
+
+    /// Its hyper-parameters.
+    pub fn config(&self) -> &ModelConfig {
+        &self.0.config
+    }
+
+    /// Longest sequence it can hold here: prompt and answer together, in tokens.
+    pub fn context_length(&self) -> usize {
+        self.0.worker.limits().max_positions
+    }
+
+    /// Its tokenizer.
+    ///
+    /// # Errors
+    /// A file without a tokenizer has none; such a model takes token ids only.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        let lacks = || InferenceError::model_lacks(&self.0.id, "its file has no tokenizer");
+        self.0.tokenizer.as_ref().ok_or_else(lacks)
+    }
+
+    /// The device it runs on.
+    pub fn device(&self) -> &DeviceInfo {
+        &self.0.worker.device
+    }
+
+    /// Bytes it holds there.
+    pub fn memory(&self) -> MemoryUsage {
+        self.0.worker.memory
+    }
+
+    /// Shape of its KV cache.
+    pub fn kv_spec(&self) -> KvSpec {
+        self.0.worker.kv_spec
+    }
+
+    /// How long it took to open and place it.
+    pub fn load_time(&self) -> Duration {
+        self.0.load_time
+    }
+
+    /// What it is doing now.
+    pub fn stats(&self) -> ModelStats {
+        use std::sync::atomic::Ordering::Relaxed;
+        let stats = self.0.worker.stats();
+        ModelStats {
+            running: stats.running.load(Relaxed),
+            waiting: stats.waiting.load(Relaxed),
+            preemptions: stats.preemptions.load(Relaxed),
+            steps: stats.steps.load(Relaxed),
+            tokens_computed: stats.tokens_computed.load(Relaxed),
+            kv_blocks_in_use: stats.blocks_in_use.load(Relaxed),
+            kv_blocks: self.0.worker.kv_spec.n_blocks as u64,
+        }
+    }
+
+    /// The residual stream of each layer for a sequence of tokens: after the embedding, after each
+    /// layer, the last after the final norm. `(layers + 1)` times `(tokens, hidden_size)`.
+    ///
+    /// # Errors
+    /// More tokens than one step takes, or ids outside the vocabulary.
+    pub fn hidden_states(&self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+        self.0.worker.hidden_states(tokens.to_vec())
+    }
+
+    pub(crate) fn worker(&self) -> &Worker {
+        &self.0.worker
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("id", &self.0.id).field("device", self.device()).finish()
+    }
+}

@@ -1,0 +1,235 @@
+//! Chooses what runs in the next step: which sequences, how many tokens of each, in which blocks.
+//!
+//! Every step carries all decoding sequences and fills the rest of its token budget with chunks of
+//! prompts, so that a long prompt never stops the others. When blocks run out, the sequence that
+//! ranks last gives its memory back and starts again later. Knows counts, no tensors and no logits.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use bitnet_core::backend::Batch;
+
+use crate::kv_blocks::BlockPool;
+use crate::request::FinishReason;
+use crate::sequence::Sequence;
+
+/// Sequences that may decode in a step that verifies guesses: with more of them, a step is bound by
+/// arithmetic, and a wrong guess costs time.
+const MAX_SPECULATING: usize = 4;
+/// Guessed tokens in one step.
+const MAX_VERIFIED: usize = 16;
+
+/// Bounds of a step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StepLimits {
+    /// Sequences that run at the same time.
+    pub(crate) max_sequences: usize,
+    /// Tokens in one step.
+    pub(crate) max_tokens: usize,
+    /// Prompt tokens in a step that also decodes: bounds the gap between two tokens of a stream.
+    pub(crate) max_prefill_beside_decode: usize,
+    /// Rows of logits in one step, for requests that want them after every token.
+    pub(crate) max_logit_rows: usize,
+    /// Guess repeated text and verify it, while few sequences decode.
+    pub(crate) speculate: bool,
+    /// Positions a sequence may reach.
+    pub(crate) max_positions: usize,
+}
+
+/// What one sequence does in a step.
+#[derive(Debug, Clone)]
+pub(crate) struct PlannedSlice {
+    /// Its index in [`Scheduler::running`].
+    pub(crate) sequence: usize,
+    /// Its rows in the batch.
+    pub(crate) rows: Range<usize>,
+    /// Its rows in the logits.
+    pub(crate) logit_rows: Range<usize>,
+}
+
+/// The queues of one model and the memory they share.
+pub(crate) struct Scheduler {
+    pub(crate) running: Vec<Sequence>,
+    waiting: VecDeque<Sequence>,
+    pub(crate) pool: BlockPool,
+    limits: StepLimits,
+    n_preemptions: u64,
+}
+
+impl Scheduler {
+    pub(crate) fn new(pool: BlockPool, limits: StepLimits) -> Self {
+        Self { running: Vec::new(), waiting: VecDeque::new(), pool, limits, n_preemptions: 0 }
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    pub(crate) fn n_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub(crate) fn n_preemptions(&self) -> u64 {
+        self.n_preemptions
+    }
+
+    /// Adds a sequence behind those of its priority.
+    pub(crate) fn submit(&mut self, sequence: Sequence) {
+        let rank = |s: &Sequence| (std::cmp::Reverse(s.priority), s.ticket);
+        let at = self.waiting.partition_point(|other| rank(other) < rank(&sequence));
+        self.waiting.insert(at, sequence);
+    }
+
+    /// Drops sequences nobody waits for any more.
+    pub(crate) fn drop_abandoned(&mut self) {
+        self.waiting.retain(|s| !s.is_abandoned());
+        let pool = &mut self.pool;
+        self.running.retain_mut(|s| {
+            let keep = !s.is_abandoned();
+            if !keep {
+                s.yield_memory(pool);
+            }
+            keep
+        });
+    }
+
+    /// Empties the queues: the sequences will not go on.
+    pub(crate) fn drain(&mut self) -> Vec<Sequence> {
+        let mut all: Vec<Sequence> = self.running.drain(..).collect();
+        all.extend(self.waiting.drain(..));
+        all
+    }
+
+    /// Removes a running sequence that has all it asked for.
+    pub(crate) fn finish(&mut self, sequence: usize, reason: FinishReason) {
+        let mut sequence = self.running.remove(sequence);
+        sequence.finish(reason, &mut self.pool);
+    }
+
+    /// Fills `batch` with the next step and `plan` with who does what in it.
+    pub(crate) fn plan_step(&mut self, batch: &mut Batch, plan: &mut Vec<PlannedSlice>) {
+        batch.tokens.clear();
+        batch.sequences.clear();
+        batch.logit_rows.clear();
+        plan.clear();
+        self.admit();
+
+        // Those that decode come first: each of them needs one row.
+        let mut budget = self.limits.max_tokens;
+        let mut logit_budget = self.limits.max_logit_rows.max(self.limits.max_sequences);
+        self.make_guesses();
+        let mut sequence = 0;
+        while sequence < self.running.len() {
+            if self.running[sequence].n_pending() == 1
+                && budget > 0
+                && self.add_slice(sequence, 1, batch, plan)
+            {
+                let n_rows = plan.last().map_or(0, |slice| slice.rows.len());
+                budget -= n_rows.min(budget);
+                logit_budget -= n_rows.min(logit_budget);
+            }
+            sequence += 1;
+        }
+        if !plan.is_empty() {
+            budget = budget.min(self.limits.max_prefill_beside_decode);
+        }
+        let mut sequence = 0;
+        while sequence < self.running.len() && budget > 0 {
+            let candidate = &self.running[sequence];
+            let planned = plan.iter().any(|slice| slice.sequence == sequence);
+            let mut n_tokens = candidate.n_pending().min(budget);
+            if candidate.wants_every_row() {
+                n_tokens = n_tokens.min(logit_budget);
+            }
+            if !planned && n_tokens > 0 && self.add_slice(sequence, n_tokens, batch, plan) {
+                budget -= n_tokens;
+                if self.running[sequence].wants_every_row() {
+                    logit_budget -= n_tokens;
+                }
+            }
+            sequence += 1;
+        }
+    }
+
+    /// Lets decoding sequences guess ahead, while a step has room to verify guesses.
+    fn make_guesses(&mut self) {
+        let decoding = |s: &Sequence| s.n_pending() == 1;
+        let n_decoding = self.running.iter().filter(|s| decoding(s)).count();
+        let room = self.limits.max_tokens.saturating_sub(n_decoding).min(MAX_VERIFIED);
+        let share = room / n_decoding.max(1);
+        for sequence in &mut self.running {
+            let speculates =
+                self.limits.speculate && decoding(sequence) && n_decoding <= MAX_SPECULATING;
+            let room = self.limits.max_positions.saturating_sub(sequence.tokens.len() + 1);
+            sequence.make_guess(if speculates { share.min(room) } else { 0 });
+        }
+    }
+
+    /// Moves waiting sequences into the running set while there is room.
+    fn admit(&mut self) {
+        while self.running.len() < self.limits.max_sequences && !self.waiting.is_empty() {
+            let first = &self.waiting[0];
+            // A sequence enters when its prompt fits into what is free now, so that it does not
+            // push out another one at once. Alone, it may always enter.
+            let blocks_needed = (first.tokens.len() + 1).div_ceil(self.pool.block_tokens());
+            if !self.running.is_empty() && blocks_needed > self.pool.n_available() {
+                break;
+            }
+            let mut sequence = self.waiting.pop_front().expect("checked above");
+            sequence.start(&mut self.pool);
+            let at = self.running.partition_point(|s| {
+                (-s.priority, s.ticket) < (-sequence.priority, sequence.ticket)
+            });
+            self.running.insert(at, sequence);
+        }
+    }
+
+    /// Adds `n_tokens` of a running sequence to the step. If memory is short, sequences that rank
+    /// behind it and are not in the step yet give theirs back; false if even that is not enough.
+    fn add_slice(
+        &mut self,
+        sequence: usize,
+        n_tokens: usize,
+        batch: &mut Batch,
+        plan: &mut Vec<PlannedSlice>,
+    ) -> bool {
+        let computed = self.running[sequence].n_computed;
+        let guessed = self.running[sequence].guess.len();
+        if guessed > 0
+            && !self.running[sequence].reserve(computed + n_tokens + guessed, &mut self.pool)
+        {
+            self.running[sequence].guess.clear(); // A guess is not worth another one's memory.
+        }
+        let n_positions = computed + n_tokens;
+        while !self.running[sequence].reserve(n_positions, &mut self.pool) {
+            let last = self.running.len() - 1;
+            if last == sequence || plan.iter().any(|slice| slice.sequence == last) {
+                return false; // It ranks last, or the others already run: it waits a step.
+            }
+            self.preempt(last);
+        }
+        let member = &self.running[sequence];
+        let row = batch.tokens.len();
+        batch.tokens.extend_from_slice(&member.tokens[computed..computed + n_tokens]);
+        batch.tokens.extend_from_slice(&member.guess);
+        let rows = row..batch.tokens.len();
+        batch.sequences.push(member.slice(rows.clone(), self.pool.block_tokens()));
+        let first_logit = batch.logit_rows.len();
+        if member.wants_every_row() {
+            batch.logit_rows.extend(rows.clone());
+        } else if n_tokens == member.n_pending() {
+            batch.logit_rows.extend(row + n_tokens - 1..rows.end);
+        }
+        let logit_rows = first_logit..batch.logit_rows.len();
+        plan.push(PlannedSlice { sequence, rows, logit_rows });
+        true
+    }
+
+    /// Sends a running sequence back to the queue without its memory.
+    fn preempt(&mut self, sequence: usize) {
+        let mut victim = self.running.remove(sequence);
+        victim.yield_memory(&mut self.pool);
+        self.n_preemptions += 1;
+        self.submit(victim);
+    }
+}

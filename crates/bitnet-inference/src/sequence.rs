@@ -1,0 +1,186 @@
+//! A request on its way through the model: its tokens, how far they are computed, what it waits for.
+//! Knows nothing of other sequences.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use bitnet_core::backend::SequenceSlice;
+
+use crate::kv_blocks::{BlockId, BlockPool, Prefix};
+use crate::request::{Event, EventSender, FinishReason, Goal, Request, Usage};
+use crate::speculate::PromptLookup;
+
+/// A request being worked on.
+pub(crate) struct Sequence {
+    /// The prompt, then what was generated.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) n_prompt: usize,
+    /// Tokens at the front whose keys and values are in the cache.
+    pub(crate) n_computed: usize,
+    pub(crate) goal: Goal,
+    /// Guesses of what follows `tokens`, verified by the next step.
+    pub(crate) guess: Vec<u32>,
+    pub(crate) lookup: PromptLookup,
+    pub(crate) priority: i32,
+    /// Order of arrival; ties in priority go to the earlier one.
+    pub(crate) ticket: u64,
+    cache_salt: Option<std::sync::Arc<str>>,
+    /// One block for each `block_tokens` positions computed so far (and of the next slice).
+    blocks: Vec<BlockId>,
+    /// Blocks at the front that are published for reuse, and what the next one follows.
+    n_published: usize,
+    prefix: Prefix,
+    events: EventSender,
+    n_cached: usize,
+    arrived: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Sequence {
+    pub(crate) fn new(
+        request: Request,
+        ticket: u64,
+        arrived: Instant,
+        events: EventSender,
+    ) -> Self {
+        Self {
+            n_prompt: request.tokens.len(),
+            tokens: request.tokens,
+            n_computed: 0,
+            goal: request.goal,
+            guess: Vec::new(),
+            lookup: PromptLookup::default(),
+            priority: request.priority,
+            ticket,
+            prefix: Prefix::Start(request.cache_salt.clone()),
+            cache_salt: request.cache_salt,
+            blocks: Vec::new(),
+            n_published: 0,
+            events,
+            n_cached: 0,
+            arrived,
+            started: None,
+            first_token: None,
+            last_token: None,
+        }
+    }
+
+    /// Tokens known but not yet computed; one for a sequence that decodes.
+    pub(crate) fn n_pending(&self) -> usize {
+        self.tokens.len() - self.n_computed
+    }
+
+    /// Nobody waits for the result any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    pub(crate) fn send(&self, event: Event) {
+        // A receiver that is gone is noticed by `is_abandoned` before the next step.
+        let _ = self.events.unbounded_send(event);
+    }
+
+    /// Whether logits are wanted after every token, not only after the last.
+    pub(crate) fn wants_every_row(&self) -> bool {
+        matches!(self.goal, Goal::Logits { all: true } | Goal::Score)
+    }
+
+    /// Enters the running set: takes over what earlier requests computed of its prompt.
+    pub(crate) fn start(&mut self, pool: &mut BlockPool) {
+        debug_assert!(self.blocks.is_empty() && self.n_computed == 0);
+        if !self.wants_every_row() {
+            let (blocks, prefix) = pool.reuse_prefix(&self.tokens, self.cache_salt.clone());
+            self.n_computed = blocks.len() * pool.block_tokens();
+            self.n_published = blocks.len();
+            self.blocks = blocks;
+            self.prefix = prefix;
+        }
+        if self.started.is_none() {
+            self.started = Some(Instant::now());
+            self.n_cached = self.n_computed;
+        }
+    }
+
+    /// Makes sure that blocks cover the first `n_tokens` positions; false if the pool ran out.
+    pub(crate) fn reserve(&mut self, n_tokens: usize, pool: &mut BlockPool) -> bool {
+        while self.blocks.len() * pool.block_tokens() < n_tokens {
+            match pool.allocate() {
+                Some(id) => self.blocks.push(id),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// The slice of the next step: from the first uncomputed token on, at these rows of the batch.
+    pub(crate) fn slice(&self, rows: Range<usize>, block_tokens: usize) -> SequenceSlice {
+        let n_blocks = (self.n_computed + rows.len()).div_ceil(block_tokens);
+        let blocks = self.blocks[..n_blocks].to_vec();
+        SequenceSlice { rows, first_position: self.n_computed, blocks }
+    }
+
+    /// Guesses what follows, if this sequence generates; at most `max` tokens.
+    pub(crate) fn make_guess(&mut self, max: usize) {
+        self.guess.clear();
+        if let Goal::Generate(continuation) = &self.goal {
+            let n_wanted = continuation.max_tokens.saturating_sub(self.n_generated() + 1);
+            self.guess = self.lookup.guess(&self.tokens, max.min(n_wanted));
+        }
+    }
+
+    /// Notes that `n_tokens` more are in the cache and publishes the blocks they filled.
+    pub(crate) fn advance(&mut self, n_tokens: usize, pool: &mut BlockPool) {
+        self.n_computed += n_tokens;
+        let block_tokens = pool.block_tokens();
+        while (self.n_published + 1) * block_tokens <= self.n_computed {
+            let start = self.n_published * block_tokens;
+            let content = &self.tokens[start..start + block_tokens];
+            let prefix = std::mem::replace(&mut self.prefix, Prefix::Start(None));
+            self.prefix = pool.publish(self.blocks[self.n_published], prefix, content);
+            self.n_published += 1;
+        }
+    }
+
+    /// Gives all memory back; the tokens are kept, so that the sequence can start again. Because a
+    /// row's result does not depend on how its past was computed, its tokens stay the same.
+    pub(crate) fn yield_memory(&mut self, pool: &mut BlockPool) {
+        pool.release(std::mem::take(&mut self.blocks));
+        self.n_computed = 0;
+        self.n_published = 0;
+        self.prefix = Prefix::Start(self.cache_salt.clone());
+    }
+
+    pub(crate) fn note_token(&mut self) {
+        let now = Instant::now();
+        self.first_token.get_or_insert(now);
+        self.last_token = Some(now);
+    }
+
+    pub(crate) fn n_generated(&self) -> usize {
+        self.tokens.len() - self.n_prompt
+    }
+
+    /// What the request took so far.
+    pub(crate) fn usage(&self) -> Usage {
+        let since = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.duration_since(from),
+            _ => Duration::ZERO,
+        };
+        let end_of_prefill = self.first_token.or_else(|| Some(Instant::now()));
+        Usage {
+            prompt_tokens: self.n_prompt,
+            cached_tokens: self.n_cached,
+            completion_tokens: self.n_generated(),
+            queued: since(Some(self.arrived), self.started),
+            prefill: since(self.started, end_of_prefill),
+            decode: since(self.first_token, self.last_token),
+        }
+    }
+
+    pub(crate) fn finish(&mut self, reason: FinishReason, pool: &mut BlockPool) {
+        self.yield_memory(pool);
+        self.send(Event::Finished(reason, self.usage()));
+    }
+}

@@ -1,0 +1,384 @@
+//! The thread that owns a loaded model: take requests, plan a step, run it, hand out its results.
+//!
+//! Everything a step touches belongs to this thread alone, so the loop takes no lock. Others send
+//! requests over a channel and receive events over one channel per request; dropping the receiver
+//! cancels the request before the next step.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use bitnet_core::backend::{Batch, DeviceInfo, KvSpec, MemoryUsage, SequenceSlice};
+use futures_channel::{mpsc as events, oneshot};
+
+use crate::backend::InferenceBackend;
+use crate::error::{InferenceError, Result};
+use crate::kv_blocks::BlockPool;
+use crate::request::{Event, EventSender, FinishReason, GeneratedToken, Goal, Request};
+use crate::scheduler::{PlannedSlice, Scheduler, StepLimits};
+use crate::score::log_probability;
+use crate::sequence::Sequence;
+
+/// Bounds of a worker, fixed when its model is loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WorkerLimits {
+    pub(crate) step: StepLimits,
+    /// Requests that may wait; one more is refused.
+    pub(crate) max_waiting: usize,
+    /// Positions a sequence may reach: the context length.
+    pub(crate) max_positions: usize,
+    pub(crate) vocab_size: usize,
+}
+
+enum Command {
+    Submit(Request, EventSender, Instant),
+    HiddenStates(Vec<u32>, oneshot::Sender<Result<Vec<Vec<f32>>>>),
+    Stop,
+}
+
+/// Counters of a worker, readable from any thread.
+#[derive(Debug, Default)]
+pub(crate) struct WorkerStats {
+    pub(crate) running: AtomicU64,
+    pub(crate) waiting: AtomicU64,
+    pub(crate) preemptions: AtomicU64,
+    pub(crate) steps: AtomicU64,
+    pub(crate) tokens_computed: AtomicU64,
+    pub(crate) blocks_in_use: AtomicU64,
+    failed: AtomicBool,
+}
+
+/// A handle to a worker. Dropping it stops the thread after the current step.
+pub(crate) struct Worker {
+    commands: mpsc::Sender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    stats: Arc<WorkerStats>,
+    limits: WorkerLimits,
+    pub(crate) kv_spec: KvSpec,
+    pub(crate) device: DeviceInfo,
+    pub(crate) memory: MemoryUsage,
+}
+
+impl Worker {
+    /// Starts the thread that owns `backend`.
+    pub(crate) fn spawn(
+        name: &str,
+        backend: Box<dyn InferenceBackend>,
+        mut limits: WorkerLimits,
+    ) -> Result<Self> {
+        let kv_spec = backend.kv_spec();
+        limits.max_positions = limits.max_positions.min(kv_spec.n_blocks * kv_spec.block_tokens);
+        let (device, memory) = (backend.device(), backend.get_memory_usage());
+        let stats = Arc::new(WorkerStats::default());
+        let (commands, inbox) = mpsc::channel();
+        let pool = BlockPool::new(kv_spec.n_blocks, kv_spec.block_tokens);
+        let mut state = WorkerThread {
+            backend,
+            scheduler: Scheduler::new(pool, limits.step),
+            limits,
+            stats: stats.clone(),
+            batch: Batch::default(),
+            plan: Vec::new(),
+            logits: Vec::new(),
+            next_ticket: 0,
+            n_waiting_reported: 0,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("bitnet-{name}"))
+            .spawn(move || state.run(&inbox))
+            .map_err(|e| InferenceError::Resource {
+                resource: "thread".into(),
+                reason: e.to_string(),
+            })?;
+        let thread = Mutex::new(Some(thread));
+        Ok(Self { commands, thread, stats, limits, kv_spec, device, memory })
+    }
+
+    pub(crate) fn stats(&self) -> &WorkerStats {
+        &self.stats
+    }
+
+    pub(crate) fn limits(&self) -> &WorkerLimits {
+        &self.limits
+    }
+
+    /// Hands a request over; its events arrive at the receiver.
+    pub(crate) fn submit(&self, request: Request) -> Result<events::UnboundedReceiver<Event>> {
+        self.check(&request)?;
+        let waiting = self.stats.waiting.fetch_add(1, Ordering::Relaxed);
+        if waiting >= self.limits.max_waiting as u64 {
+            self.stats.waiting.fetch_sub(1, Ordering::Relaxed);
+            let reason = format!("{waiting} requests are waiting already, which is the limit");
+            return Err(InferenceError::Concurrency { reason });
+        }
+        let (sender, receiver) = events::unbounded();
+        let command = Command::Submit(request, sender, Instant::now());
+        self.commands.send(command).map_err(|_| InferenceError::stopped())?;
+        Ok(receiver)
+    }
+
+    /// The residual stream of each layer for one sequence of tokens.
+    pub(crate) fn hidden_states(&self, tokens: Vec<u32>) -> Result<Vec<Vec<f32>>> {
+        let limit = self.limits.step.max_tokens;
+        if tokens.is_empty() || tokens.len() > limit {
+            let expected = format!("1 to {limit} tokens");
+            return Err(InferenceError::input("tokens", expected, tokens.len()));
+        }
+        self.check_ids(&tokens)?;
+        let (sender, receiver) = oneshot::channel();
+        let command = Command::HiddenStates(tokens, sender);
+        self.commands.send(command).map_err(|_| InferenceError::stopped())?;
+        crate::wait::block_on(receiver).map_err(|_| InferenceError::stopped())?
+    }
+
+    fn check(&self, request: &Request) -> Result<()> {
+        if self.stats.failed.load(Ordering::Acquire) {
+            return Err(InferenceError::stopped());
+        }
+        let n_tokens = request.tokens.len();
+        let generates = usize::from(matches!(request.goal, Goal::Generate(_)));
+        let longest = self.limits.max_positions;
+        if n_tokens == 0 {
+            return Err(InferenceError::input("prompt", "at least one token", "an empty prompt"));
+        }
+        if n_tokens + generates > longest {
+            let expected = format!("at most {} tokens (context {longest})", longest - generates);
+            return Err(InferenceError::input("prompt", expected, format!("{n_tokens} tokens")));
+        }
+        self.check_ids(&request.tokens)
+    }
+
+    fn check_ids(&self, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.limits.vocab_size;
+        match tokens.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(id) => Err(InferenceError::input("token id", format!("below {vocab_size}"), id)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Stop);
+        let thread = self.thread.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread owns.
+struct WorkerThread {
+    backend: Box<dyn InferenceBackend>,
+    scheduler: Scheduler,
+    limits: WorkerLimits,
+    stats: Arc<WorkerStats>,
+    batch: Batch,
+    plan: Vec<PlannedSlice>,
+    logits: Vec<f32>,
+    next_ticket: u64,
+    /// Requests taken from the channel or queued, as last reported in the counters.
+    n_waiting_reported: u64,
+}
+
+impl WorkerThread {
+    fn run(&mut self, inbox: &mpsc::Receiver<Command>) {
+        loop {
+            if self.scheduler.is_idle() {
+                match inbox.recv() {
+                    Ok(Command::Stop) | Err(_) => return,
+                    Ok(command) => self.obey(command),
+                }
+            }
+            loop {
+                match inbox.try_recv() {
+                    Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => return,
+                    Ok(command) => self.obey(command),
+                    Err(mpsc::TryRecvError::Empty) => break,
+                }
+            }
+            // A panic below is a bug in a kernel or the engine; whoever waits must still hear of it.
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.step()));
+            let error = match outcome {
+                Ok(Ok(())) => continue,
+                Ok(Err(error)) => InferenceError::device("step", error),
+                Err(_) => {
+                    InferenceError::Concurrency { reason: "the engine failed inside a step".into() }
+                }
+            };
+            self.stats.failed.store(true, Ordering::Release);
+            for sequence in self.scheduler.drain() {
+                sequence.send(Event::Failed(error.clone()));
+            }
+            return;
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(request, events, arrived) => {
+                let ticket = self.next_ticket;
+                self.next_ticket += 1;
+                let sequence = Sequence::new(request, ticket, arrived, events);
+                self.scheduler.submit(sequence);
+                self.n_waiting_reported += 1;
+            }
+            Command::HiddenStates(tokens, reply) => {
+                let _ = reply.send(self.hidden_states(tokens));
+            }
+            Command::Stop => {}
+        }
+    }
+
+    /// One step: schedule → forward → hand out → advance.
+    fn step(&mut self) -> bitnet_core::Result<()> {
+        self.scheduler.drop_abandoned();
+        self.scheduler.plan_step(&mut self.batch, &mut self.plan);
+        if !self.plan.is_empty() {
+            self.backend.execute_batch(&self.batch, &mut self.logits)?;
+            self.hand_out();
+            self.stats.steps.fetch_add(1, Ordering::Relaxed);
+            self.stats.tokens_computed.fetch_add(self.batch.tokens.len() as u64, Ordering::Relaxed);
+        } else if !self.scheduler.is_idle() {
+            // Every admitted sequence fits alone, so this cannot happen; spinning would hide it.
+            return Err(bitnet_core::Error::invalid("scheduler", "no sequence can run"));
+        }
+        self.publish_stats();
+        Ok(())
+    }
+
+    /// Gives each sequence of the step its results; those that have all they asked for leave.
+    fn hand_out(&mut self) {
+        let vocab_size = self.limits.vocab_size;
+        let mut finished = Vec::new();
+        for slice in &self.plan {
+            let sequence = &mut self.scheduler.running[slice.sequence];
+            let first_position = sequence.n_computed;
+            let guess = std::mem::take(&mut sequence.guess);
+            sequence.advance(slice.rows.len() - guess.len(), &mut self.scheduler.pool);
+            let rows = &mut self.logits
+                [slice.logit_rows.start * vocab_size..slice.logit_rows.end * vocab_size];
+            let end = match &sequence.goal {
+                Goal::Generate(_) if rows.is_empty() => None,
+                Goal::Generate(_) => {
+                    let (n_right, end) =
+                        next_tokens(sequence, rows, &guess, vocab_size, self.limits.max_positions);
+                    sequence.advance(n_right, &mut self.scheduler.pool);
+                    if !guess.is_empty() {
+                        sequence.lookup.learn(n_right, guess.len());
+                    }
+                    end
+                }
+                Goal::Logits { .. } => {
+                    for row in rows.chunks_exact(vocab_size) {
+                        sequence.send(Event::Logits(row.to_vec()));
+                    }
+                    (sequence.n_pending() == 0).then_some(FinishReason::Stop)
+                }
+                Goal::Score => {
+                    let next = &sequence.tokens[(first_position + 1).min(sequence.tokens.len())..];
+                    for (row, &token) in rows.chunks_exact(vocab_size).zip(next) {
+                        sequence.send(Event::Score(log_probability(row, token)));
+                    }
+                    (sequence.n_pending() == 0).then_some(FinishReason::Stop)
+                }
+            };
+            if let Some(reason) = end {
+                finished.push((slice.sequence, reason));
+            }
+        }
+        finished.sort_by_key(|(sequence, _)| std::cmp::Reverse(*sequence));
+        for (sequence, reason) in finished {
+            self.scheduler.finish(sequence, reason);
+        }
+    }
+
+    fn hidden_states(&mut self, tokens: Vec<u32>) -> Result<Vec<Vec<f32>>> {
+        let block_tokens = self.scheduler.pool.block_tokens();
+        let n_blocks = tokens.len().div_ceil(block_tokens);
+        let mut blocks = Vec::with_capacity(n_blocks);
+        while blocks.len() < n_blocks {
+            let Some(id) = self.scheduler.pool.allocate() else {
+                self.scheduler.pool.release(blocks);
+                return Err(InferenceError::Concurrency {
+                    reason: "the KV cache is in use".into(),
+                });
+            };
+            blocks.push(id);
+        }
+        let slice =
+            SequenceSlice { rows: 0..tokens.len(), first_position: 0, blocks: blocks.clone() };
+        let batch = Batch { tokens, sequences: vec![slice], logit_rows: Vec::new() };
+        let states = self.backend.hidden_states(&batch);
+        self.scheduler.pool.release(blocks);
+        states.map_err(|e| InferenceError::device("hidden states", e))
+    }
+
+    fn publish_stats(&mut self) {
+        let pool = &self.scheduler.pool;
+        let stats = &self.stats;
+        // Submitters count a request in; here it is counted out once it has left the queue.
+        let n_waiting = self.scheduler.n_waiting() as u64;
+        stats.waiting.fetch_add(n_waiting.wrapping_sub(self.n_waiting_reported), Ordering::Relaxed);
+        self.n_waiting_reported = n_waiting;
+        stats.running.store(self.scheduler.running.len() as u64, Ordering::Relaxed);
+        stats.preemptions.store(self.scheduler.n_preemptions(), Ordering::Relaxed);
+        stats.blocks_in_use.store((pool.n_blocks() - pool.n_available()) as u64, Ordering::Relaxed);
+    }
+}
+
+/// Samples the next token of a sequence, and the ones after it as far as `guess` was right. Returns
+/// how many guessed tokens were right, and a reason to end.
+fn next_tokens(
+    sequence: &mut Sequence,
+    rows: &mut [f32],
+    guess: &[u32],
+    vocab_size: usize,
+    max_positions: usize,
+) -> (usize, Option<FinishReason>) {
+    for (i, logits) in rows.chunks_exact_mut(vocab_size).enumerate() {
+        let end = next_token(sequence, logits, max_positions);
+        let right = end.is_none() && guess.get(i) == sequence.tokens.last();
+        if !right {
+            return (i, end);
+        }
+    }
+    (guess.len(), None)
+}
+
+/// Samples the next token of a sequence; a reason to end, if this was its last one.
+fn next_token(
+    sequence: &mut Sequence,
+    logits: &mut [f32],
+    max_positions: usize,
+) -> Option<FinishReason> {
+    let Goal::Generate(continuation) = &mut sequence.goal else { return None };
+    let max_tokens = continuation.max_tokens;
+    if max_tokens == 0 {
+        return Some(FinishReason::Length);
+    }
+    let Ok(sampled) = continuation.sampler.sample(logits) else {
+        return Some(FinishReason::Stop); // Every token is forbidden: there is nothing to say.
+    };
+    continuation.sampler.accept(sampled.token);
+    let ended = continuation.ending_tokens.contains(&sampled.token);
+    sequence.tokens.push(sampled.token);
+    sequence.note_token();
+    let token =
+        GeneratedToken { id: sampled.token, logprob: sampled.logprob, top_logprobs: sampled.top };
+    sequence.send(Event::Token(token, sequence.usage()));
+    if ended {
+        Some(FinishReason::Stop)
+    } else if sequence.n_generated() >= max_tokens || sequence.tokens.len() >= max_positions {
+        Some(FinishReason::Length)
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests;
