@@ -209,3 +209,50 @@ impl Default for EngineConfig {
         Self::balanced()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn profiles_resolve_as_documented() {
+        let balanced = EngineConfig::balanced();
+        assert_eq!((balanced.batch_size, balanced.kv_type), (16, KvType::F16));
+        assert_eq!(balanced.memory_pool_size, MemorySize::GB(2));
+        assert_eq!(balanced.step_limits(1000, 64).max_tokens, 256);
+        assert!(!balanced.step_limits(1000, 64).speculate);
+
+        let speed = EngineConfig::optimized_for_speed();
+        assert_eq!((speed.batch_size, speed.kv_type), (32, KvType::F16));
+        assert_eq!(speed.step_limits(1000, 64).max_tokens, 512);
+        assert!(speed.step_limits(1000, 64).speculate);
+
+        let memory = EngineConfig::optimized_for_memory();
+        assert_eq!((memory.batch_size, memory.kv_type), (4, KvType::Q8));
+        assert_eq!((memory.memory_pool_size, memory.max_cached_models), (MemorySize::MB(256), 1));
+        assert_eq!(memory.step_limits(1000, 64).max_tokens, 64);
+        for profile in [balanced, speed, memory] {
+            profile.validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_name() {
+        let refused = |edit: fn(&mut EngineConfig)| {
+            let mut config = EngineConfig::balanced();
+            edit(&mut config);
+            match config.validate() {
+                Err(InferenceError::Input { field, .. }) => field,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(refused(|c| c.batch_size = 0), "batch_size");
+        assert_eq!(refused(|c| c.batch_size = usize::MAX), "batch_size");
+        assert_eq!(refused(|c| c.threads = Some(0)), "threads");
+        assert_eq!(refused(|c| c.context_length = Some(1)), "context_length");
+        assert_eq!(refused(|c| c.max_waiting = 0), "max_waiting");
+        assert_eq!(refused(|c| c.max_cached_models = 0), "max_cached_models");
+        assert_eq!(refused(|c| c.memory_pool_size = MemorySize::KB(1)), "memory_pool_size");
+        assert_eq!(refused(|c| c.memory_pool_size = MemorySize::GB(u64::MAX)), "memory_pool_size");
+    }
+}

@@ -120,9 +120,10 @@ impl InferenceEngine {
         let load = move || {
             let _ = sender.send(engine.load_model_blocking(path));
         };
-        std::thread::Builder::new().name("bitnet-load".into()).spawn(load).map_err(|e| {
-            InferenceError::Resource { resource: "thread".into(), reason: e.to_string() }
-        })?;
+        std::thread::Builder::new()
+            .name("bitnet-load".into())
+            .spawn(load)
+            .map_err(|e| InferenceError::thread(&e))?;
         receiver.await.map_err(|_| InferenceError::stopped())?
     }
 

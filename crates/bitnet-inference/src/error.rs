@@ -115,6 +115,11 @@ impl InferenceError {
         Self::Model { model: model.to_owned(), source: ModelError::Tokenizer(source) }
     }
 
+    /// A thread that could not be started.
+    pub(crate) fn thread(source: &std::io::Error) -> Self {
+        Self::Resource { resource: "thread".into(), reason: source.to_string() }
+    }
+
     pub(crate) fn stopped() -> Self {
         Self::Concurrency { reason: "the engine has stopped".into() }
     }
@@ -128,5 +133,27 @@ impl InferenceError {
             bitnet_core::Error::Device { device, reason } => Self::Gpu { device, reason },
             other => Self::Model { model: what.to_string(), source: ModelError::Device(other) },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    #[test]
+    fn errors_of_the_system_and_the_device_keep_their_reasons() {
+        let denied = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        let error = InferenceError::thread(&denied);
+        assert!(matches!(error, InferenceError::Resource { .. }));
+        assert_eq!(error.to_string(), "resource thread: permission denied");
+
+        let full = bitnet_core::Error::OutOfMemory { what: "KV cache".into(), bytes: 1 << 40 };
+        let error = InferenceError::device("model", full);
+        assert!(matches!(error, InferenceError::Memory { needed_bytes: 0x100_0000_0000, .. }));
+
+        let shape = bitnet_core::Error::shape("q_proj", "(4, 4)", "(4, 8)");
+        let error = InferenceError::device("model", shape);
+        assert!(error.source().expect("chained").to_string().contains("expected (4, 4)"));
     }
 }

@@ -92,7 +92,7 @@ impl Model {
             total_weights: checkpoint.total_weight_count(),
             tokenizer,
             load_time: started.elapsed(),
-            worker: Worker::spawn(&model_config.name, backend, limits)?,
+            worker: Worker::spawn(backend, limits)?,
             config: model_config,
         })))
     }

@@ -64,7 +64,6 @@ pub(crate) struct Worker {
 impl Worker {
     /// Starts the thread that owns `backend`.
     pub(crate) fn spawn(
-        name: &str,
         backend: Box<dyn InferenceBackend>,
         mut limits: WorkerLimits,
     ) -> Result<Self> {
@@ -86,12 +85,9 @@ impl Worker {
             n_waiting_reported: 0,
         };
         let thread = std::thread::Builder::new()
-            .name(format!("bitnet-{name}"))
+            .name("bitnet-worker".into())
             .spawn(move || state.run(&inbox))
-            .map_err(|e| InferenceError::Resource {
-                resource: "thread".into(),
-                reason: e.to_string(),
-            })?;
+            .map_err(|e| InferenceError::thread(&e))?;
         let thread = Mutex::new(Some(thread));
         Ok(Self { commands, thread, stats, limits, kv_spec, device, memory })
     }

@@ -109,7 +109,7 @@ fn worker_with(
         max_positions: 200,
     };
     let limits = WorkerLimits { step, max_waiting: 64, max_positions: 200, vocab_size: VOCAB };
-    Worker::spawn("test", Box::new(model), limits).unwrap()
+    Worker::spawn(Box::new(model), limits).unwrap()
 }
 
 fn request(prompt: &[u32], n_new: usize, seed: u64, priority: i32) -> Request {
