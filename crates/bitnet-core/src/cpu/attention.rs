@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// enough for their scores to stay in the caches too.
 const QUERIES: usize = 32;
 /// Pieces for each thread, at least: the last ones to finish are then short.
-const PIECES: usize = 4;
+const PIECES: usize = 16;
 
 /// Lists and buffers that attention reuses.
 #[derive(Debug, Default)]
@@ -26,6 +26,8 @@ pub(crate) struct AttentionScratch {
     threads: Vec<attend::Scratch>,
     pieces: Vec<Piece>,
     joins: Vec<Join>,
+    /// Pieces of each join still to be computed.
+    missing: Vec<AtomicUsize>,
     /// Results of pieces that are joined later: maxima, totals and values of each.
     partials: Vec<f32>,
 }
@@ -36,6 +38,7 @@ impl AttentionScratch {
         let threads: u64 = self.threads.iter().map(attend::Scratch::memory_bytes).sum();
         let lists = self.pieces.capacity() * size_of::<Piece>()
             + self.joins.capacity() * size_of::<Join>()
+            + self.missing.capacity() * size_of::<AtomicUsize>()
             + self.partials.capacity() * size_of::<f32>();
         threads + lists as u64
     }
@@ -57,14 +60,13 @@ struct Place {
 struct Piece {
     place: Place,
     spans: Range<usize>,
-    /// Where in `partials` the result goes, if it is not the whole.
-    partial: Option<usize>,
+    /// What the result is a part of, if it is not the whole.
+    join: Option<usize>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 struct Join {
-    place: Place,
-    /// Where the results of its spans start, one after the other.
+    /// Where in `partials` the results of its spans start, one after the other.
     partials: usize,
     n_spans: usize,
 }
@@ -101,8 +103,8 @@ pub(crate) fn attention(
     plan(scratch, sequences, layout.spec.n_kv_heads, group, pool.threads(), partial_len);
 
     scratch.threads.resize_with(pool.threads().max(scratch.threads.len()), Default::default);
-    let AttentionScratch { threads, pieces, joins, partials } = scratch;
-    let task = |place: &Place, spans: Range<usize>| Task {
+    let AttentionScratch { threads, pieces, joins, missing, partials } = scratch;
+    let task = |place: &Place, spans: Range<usize>, ahead: usize| Task {
         cache: &kv.memory,
         layout,
         layer,
@@ -114,6 +116,7 @@ pub(crate) fn attention(
         group,
         first_position: place.first_position,
         spans,
+        ahead,
     };
     let output = Parts::new(out);
     let finish = |place: &Place, result: &Partial| {
@@ -131,41 +134,36 @@ pub(crate) fn attention(
         }
     };
     let scratches = Parts::new(threads);
-    let parts = Parts::new(partials);
+    let partials = Parts::new(partials);
     let next = AtomicUsize::new(0);
     pool.run(&|thread| {
         // SAFETY: each thread takes its own element.
         let [scratch] = (unsafe { scratches.part(thread..thread + 1) }) else { return };
         // The last pieces are the longest of a sequence: they go first.
         while let Some(i) = pieces.len().checked_sub(next.fetch_add(1, Ordering::Relaxed) + 1) {
-            let piece = &pieces[i];
-            kernels.attend(&task(&piece.place, piece.spans.clone()), scratch);
-            match piece.partial {
-                None => finish(&piece.place, &scratch.result),
-                Some(at) => {
-                    // SAFETY: `plan` gave every piece a range of its own.
-                    let partial = unsafe { parts.part(at..at + partial_len(piece.place.n_rows)) };
-                    scratch.result.write(partial);
-                }
+            let Piece { place, spans, join } = &pieces[i];
+            let Some(join) = *join else {
+                kernels.attend(&task(place, spans.clone(), spans.end), scratch);
+                finish(place, &scratch.result);
+                continue;
+            };
+            let Join { partials: start, n_spans } = joins[join];
+            let len = partial_len(place.n_rows);
+            for span in spans.clone() {
+                kernels.attend(&task(place, span..span + 1, spans.end), scratch);
+                let at = start + span * len;
+                // SAFETY: `plan` gave every join a range of its own, and each span of it to one
+                // piece.
+                scratch.result.write(unsafe { partials.part(at..at + len) });
             }
-        }
-    });
-    if joins.is_empty() {
-        return Ok(());
-    }
-    let partials = &*partials;
-    let next = AtomicUsize::new(0);
-    pool.run(&|thread| {
-        // SAFETY: as above.
-        let [scratch] = (unsafe { scratches.part(thread..thread + 1) }) else { return };
-        while let Some(join) = joins.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let len = partial_len(join.place.n_rows);
-            let n_queries = join.place.n_rows * group;
-            scratch.result.reset(n_queries, layout.dim);
-            for partial in partials[join.partials..][..join.n_spans * len].chunks_exact(len) {
-                scratch.result.fold_written(partial);
+            // Release and acquire: whoever finds that nothing is missing sees all that was written.
+            if missing[join].fetch_sub(1, Ordering::AcqRel) == 1 {
+                // SAFETY: every piece of this join is done with its part.
+                let all = unsafe { partials.part(start..start + n_spans * len) };
+                scratch.result.reset(place.n_rows * group, layout.dim);
+                kernels.join(all, n_spans, &mut scratch.result);
+                finish(place, &scratch.result);
             }
-            finish(&join.place, &scratch.result);
         }
     });
     Ok(())
@@ -196,23 +194,27 @@ fn plan(
     let cost = |place: &Place| place.n_rows * n_spans(place.first_position + place.n_rows);
     let total: usize = places().map(|place| cost(&place)).sum::<usize>() * n_kv_heads;
     let most = total / (PIECES * n_threads);
-    let AttentionScratch { pieces, joins, partials, .. } = scratch;
+    let AttentionScratch { pieces, joins, missing, partials, .. } = scratch;
     pieces.clear();
     joins.clear();
+    missing.clear();
     let mut used = 0;
     for place in places() {
-        let spans = n_spans(place.first_position + place.n_rows);
+        let n_spans = n_spans(place.first_position + place.n_rows);
         for kv_head in 0..n_kv_heads {
             let place = Place { kv_head, ..place };
-            if n_threads == 1 || spans == 1 || cost(&place) <= most {
-                pieces.push(Piece { place, spans: 0..spans, partial: None });
+            if n_threads == 1 || n_spans == 1 || cost(&place) <= most {
+                pieces.push(Piece { place, spans: 0..n_spans, join: None });
                 continue;
             }
-            joins.push(Join { place, partials: used, n_spans: spans });
-            for span in 0..spans {
-                pieces.push(Piece { place, spans: span..span + 1, partial: Some(used) });
-                used += partial_len(place.n_rows);
+            let each = (most / place.n_rows).max(1);
+            for start in (0..n_spans).step_by(each) {
+                let spans = start..n_spans.min(start + each);
+                pieces.push(Piece { place, spans, join: Some(joins.len()) });
             }
+            joins.push(Join { partials: used, n_spans });
+            missing.push(AtomicUsize::new(n_spans.div_ceil(each)));
+            used += n_spans * partial_len(place.n_rows);
         }
     }
     partials.resize(used, 0.0);

@@ -287,6 +287,12 @@ impl Kernels {
         unsafe { self.attention.attend(task, scratch) }
     }
 
+    /// Joins partial results of `n_spans` consecutive spans to `result`.
+    pub(crate) fn join(&self, partials: &[f32], n_spans: usize, result: &mut attend::Partial) {
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { self.attention.join(partials, n_spans, result) }
+    }
+
     /// Multiplies and accumulates in registers for `rounds` rounds, as fast as this instruction
     /// set allows, and returns how many multiply-accumulates a round has.
     pub(crate) fn mac_loop(&self, rounds: u64) -> u64 {

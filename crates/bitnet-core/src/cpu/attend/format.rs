@@ -1,7 +1,7 @@
 //! The number formats of cached keys and values: how a tile is written and multiplied.
 
-use super::simd::{Quad, Simd, WEIGHT_MAX, f32_to_half};
-use super::{SPAN, Scratch};
+use super::simd::{Panel, Quads, Simd, WEIGHT_MAX, f32_to_half};
+use super::{SPAN, SPAN_TILES, Scratch};
 use crate::cpu::kv::TILE_TOKENS;
 use crate::cpu::math::{self, LANES, Lanes};
 use std::ops::Range;
@@ -12,6 +12,29 @@ pub(super) struct SpanTiles<'a> {
     pub(super) dim: usize,
     pub(super) keys: &'a [usize],
     pub(super) values: &'a [usize],
+    pub(super) tile_bytes: usize,
+}
+
+/// Tiles of keys that are on their way while one is worked on.
+pub(super) const AHEAD: usize = 2;
+
+impl<'a> SpanTiles<'a> {
+    /// The tile at `start`.
+    #[inline(always)]
+    fn tile(&self, start: usize) -> &'a [u8] {
+        &self.cache[start..][..self.tile_bytes]
+    }
+
+    /// Keys of a tile; asks for those to come, and for the values of the same tokens. A span is
+    /// read once, from places that no hardware foresees.
+    #[inline(always)]
+    fn keys<S: Simd>(&self, simd: S, tile: usize) -> &'a [u8] {
+        if let Some(&next) = self.keys.get(tile + AHEAD) {
+            simd.prefetch(self.tile(next), true);
+        }
+        simd.prefetch(self.tile(self.values[tile]), false);
+        self.tile(self.keys[tile])
+    }
 }
 
 /// A number format.
@@ -40,7 +63,7 @@ pub(super) trait Format {
     );
 }
 
-/// Calls `$f::<_, …, M>` for groups of `M` = 8 (where registers allow), 4, 2 and 1 of the queries.
+/// Runs `$body` for groups of `$M` = 8 (where registers allow), 4, 2 and 1 of the queries.
 macro_rules! in_groups {
     ($queries:expr, $wide:expr, |$first:ident, $M:ident| $body:expr) => {{
         let std::ops::Range { start: mut $first, end } = $queries;
@@ -71,6 +94,16 @@ macro_rules! in_groups {
     }};
 }
 
+/// Element `at` of `M` rows that are `stride` apart.
+#[inline(always)]
+fn column<T, const M: usize>(rows: &[T], at: usize, stride: usize) -> [&T; M] {
+    let mut column = [&rows[at]; M];
+    for (i, element) in column.iter_mut().enumerate() {
+        *element = &rows[at + i * stride];
+    }
+    column
+}
+
 /// A float format: one number after the other.
 pub(super) trait Number {
     const SIZE: usize;
@@ -88,8 +121,10 @@ impl Number for F32 {
 
     #[inline(always)]
     fn load<S: Simd>(simd: S, bytes: &[u8]) -> S::Floats {
-        let (numbers, _) = bytes.as_chunks::<4>();
-        simd.load(&std::array::from_fn(|i| f32::from_le_bytes(numbers[i])))
+        match bytes.first_chunk() {
+            Some(numbers) => simd.load_f32(numbers),
+            None => simd.splat(0.0), // Never: callers pass 16 numbers.
+        }
     }
 
     #[inline(always)]
@@ -118,6 +153,22 @@ impl Number for F16 {
     }
 }
 
+/// `sums[i] += Σ_k factors[i][k] · panel[k]` over a panel of 16 × 16 numbers.
+#[inline(always)]
+fn add_panel<S: Simd, N: Number, const M: usize>(
+    simd: S,
+    sums: &mut [S::Floats; M],
+    panel: &[u8],
+    factors: [&Lanes; M],
+) {
+    for k in 0..LANES {
+        let row = N::load(simd, &panel[k * LANES * N::SIZE..][..LANES * N::SIZE]);
+        for i in 0..M {
+            sums[i] = simd.add_product(sums[i], simd.splat(factors[i][k]), row);
+        }
+    }
+}
+
 impl<N: Number> Format for N {
     fn tile_bytes(dim: usize) -> usize {
         dim * TILE_TOKENS * N::SIZE
@@ -130,9 +181,12 @@ impl<N: Number> Format for N {
     }
 
     fn store_value(tile: &mut [u8], token: usize, value: &[f32]) {
-        let row = &mut tile[token * value.len() * N::SIZE..][..value.len() * N::SIZE];
-        for (bytes, &x) in row.chunks_exact_mut(N::SIZE).zip(value) {
-            N::store(x, bytes);
+        let (chunks, _) = value.as_chunks::<LANES>();
+        for (panel, x) in tile.chunks_exact_mut(LANES * TILE_TOKENS * N::SIZE).zip(chunks) {
+            let row = &mut panel[token * LANES * N::SIZE..][..LANES * N::SIZE];
+            for (bytes, &x) in row.chunks_exact_mut(N::SIZE).zip(x) {
+                N::store(x, bytes);
+            }
         }
     }
 
@@ -146,15 +200,21 @@ impl<N: Number> Format for N {
         queries: Range<usize>,
         scratch: &mut Scratch,
     ) {
-        let dim = tiles.dim;
-        for (tile, &start) in tiles.keys.iter().enumerate() {
-            let keys = &tiles.cache[start..][..N::tile_bytes(dim)];
-            in_groups!(queries.clone(), S::WIDE, |first, M| float_scores::<S, N, M>(
-                simd,
-                keys,
-                &scratch.queries[first * dim..][..M * dim],
-                &mut scratch.scores[first * SPAN + tile * TILE_TOKENS..],
-            ));
+        let n_panels = tiles.dim / LANES;
+        let (factors, _) = scratch.queries.as_chunks::<LANES>();
+        let (scores, _) = scratch.scores.as_chunks_mut::<LANES>();
+        for tile in 0..tiles.keys.len() {
+            let keys = tiles.keys(simd, tile);
+            in_groups!(queries.clone(), S::WIDE, |first, M| {
+                let mut sums = [simd.splat(0.0); M];
+                for (p, panel) in keys.chunks_exact(LANES * LANES * N::SIZE).enumerate() {
+                    let factors = column(factors, first * n_panels + p, n_panels);
+                    add_panel::<S, N, M>(simd, &mut sums, panel, factors);
+                }
+                for (i, &sum) in sums.iter().enumerate() {
+                    simd.store(sum, &mut scores[(first + i) * SPAN_TILES + tile]);
+                }
+            });
         }
     }
 
@@ -166,89 +226,53 @@ impl<N: Number> Format for N {
         visible: impl Fn(usize) -> usize,
         scratch: &mut Scratch,
     ) {
-        let dim = tiles.dim;
-        let Scratch { scores, span, .. } = scratch;
-        span.values[queries.start * dim..queries.end * dim].fill(0.0);
-        for column in (0..dim).step_by(LANES) {
+        let n_panels = tiles.dim / LANES;
+        let bytes = LANES * LANES * N::SIZE;
+        let (factors, _) = scratch.scores.as_chunks::<LANES>();
+        let (out, _) = scratch.span.values.as_chunks_mut::<LANES>();
+        for panel in 0..n_panels {
             in_groups!(queries.clone(), S::WIDE, |first, M| {
                 // What the first query of a group sees, all of them see. Beyond that, what lies in
                 // the cache may be a stranger's and not even a number, so it is not touched.
-                let shared = visible(first);
-                let (weights, out) = (&scores[first * SPAN..], &mut span.values[first * dim..]);
-                float_values::<S, N, M>(simd, tiles, column, 0..shared, weights, out);
-                for (i, m) in (first..first + M).enumerate().skip(1) {
-                    let own = shared..visible(m);
-                    let (weights, out) = (&weights[i * SPAN..], &mut out[i * dim..]);
-                    float_values::<S, N, 1>(simd, tiles, column, own, weights, out);
+                let shared = visible(first) / TILE_TOKENS;
+                let mut sums = [simd.splat(0.0); M];
+                for (tile, &start) in tiles.values.iter().enumerate().take(shared) {
+                    let values = &tiles.tile(start)[panel * bytes..][..bytes];
+                    let factors = column(factors, first * SPAN_TILES + tile, SPAN_TILES);
+                    add_panel::<S, N, M>(simd, &mut sums, values, factors);
+                }
+                for (i, &sum) in sums.iter().enumerate() {
+                    let m = first + i;
+                    let tokens = shared * TILE_TOKENS..visible(m);
+                    let sum = add_tokens::<S, N>(simd, sum, tiles, panel, m, tokens, factors);
+                    simd.store(sum, &mut out[m * n_panels + panel]);
                 }
             });
         }
     }
 }
 
-/// Scores of `M` queries with the 16 keys of a tile, summed feature by feature; those of query `i`
-/// go to `scores[i · SPAN..]`.
+/// Adds the values at positions `tokens` of the span, one after the other, 16 features of them,
+/// weighted for query `m`.
 #[inline(always)]
-fn float_scores<S: Simd, N: Number, const M: usize>(
+fn add_tokens<S: Simd, N: Number>(
     simd: S,
-    keys: &[u8],
-    queries: &[f32],
-    scores: &mut [f32],
-) {
-    let dim = queries.len() / M;
-    let queries: [&[f32]; M] = std::array::from_fn(|i| &queries[i * dim..][..dim]);
-    let mut sums = [simd.splat(0.0); M];
-    for (d, key) in keys.chunks_exact(LANES * N::SIZE).enumerate().take(dim) {
-        let key = N::load(simd, key);
-        for i in 0..M {
-            sums[i] = simd.add_product(sums[i], simd.splat(queries[i][d]), key);
-        }
-    }
-    for (i, &sum) in sums.iter().enumerate() {
-        if let Some(out) = scores[i * SPAN..].first_chunk_mut() {
-            simd.store(sum, out);
-        }
-    }
-}
-
-/// Adds the values at positions `tokens` of the span, features `column..column + 16`, for `M`
-/// queries: weights at `weights[i · SPAN..]`, sums at `out[i · dim..]`.
-#[inline(always)]
-fn float_values<S: Simd, N: Number, const M: usize>(
-    simd: S,
+    mut sum: S::Floats,
     tiles: &SpanTiles<'_>,
-    column: usize,
+    panel: usize,
+    m: usize,
     tokens: Range<usize>,
-    weights: &[f32],
-    out: &mut [f32],
-) {
-    if tokens.is_empty() {
-        return;
+    factors: &[Lanes],
+) -> S::Floats {
+    let bytes = LANES * N::SIZE;
+    for token in tokens {
+        let (tile, row) = (token / TILE_TOKENS, token % TILE_TOKENS);
+        let at = (panel * TILE_TOKENS + row) * bytes;
+        let value = N::load(simd, &tiles.tile(tiles.values[tile])[at..][..bytes]);
+        let factor = factors[m * SPAN_TILES + tile][row];
+        sum = simd.add_product(sum, simd.splat(factor), value);
     }
-    let dim = tiles.dim;
-    let mut sums = [simd.splat(0.0); M];
-    for (i, sum) in sums.iter_mut().enumerate() {
-        if let Some(out) = out[i * dim + column..].first_chunk() {
-            *sum = simd.load(out);
-        }
-    }
-    for tile in tokens.start / TILE_TOKENS..tokens.end.div_ceil(TILE_TOKENS) {
-        let first = tile * TILE_TOKENS;
-        let inside = tokens.start.max(first) - first..tokens.end.min(first + TILE_TOKENS) - first;
-        let values = &tiles.cache[tiles.values[tile]..][..N::tile_bytes(dim)];
-        let weights: [&[f32]; M] = std::array::from_fn(|i| &weights[i * SPAN + first..][..16]);
-        for t in inside {
-            let value = N::load(simd, &values[(t * dim + column) * N::SIZE..][..LANES * N::SIZE]);
-            for i in 0..M {
-                sums[i] = simd.add_product(sums[i], simd.splat(weights[i][t]), value);
-            }
-        }
-    }
-    for (i, &sum) in sums.iter().enumerate() {
-        if let Some(out) = out[i * dim + column..].first_chunk_mut() {
-            simd.store(sum, out);
-        }
-    }
+    sum
 }
 
 /// Bytes with a scale for each token of a tile: `x = scale · (byte − 128)`, `|byte − 128| ≤ 127`.
@@ -259,7 +283,7 @@ pub(super) struct Q8;
 const ZERO: i32 = 128;
 /// Magnitudes below this count as 0, so that no factor overflows.
 const TINY: f32 = 1e-30;
-/// Terms of an integer sum in a quad.
+/// Terms of an integer sum that lie side by side.
 const QUAD: usize = 4;
 
 impl Q8 {
@@ -283,12 +307,18 @@ impl Q8 {
         tile[dim * TILE_TOKENS + token * 4..][..4].copy_from_slice(&scale.to_le_bytes());
     }
 
-    /// The 16 scales of a tile.
+    /// The 16 scales of a tile: its last bytes.
     #[inline(always)]
-    fn scales(tiles: &SpanTiles<'_>, start: usize) -> Lanes {
-        let bytes = &tiles.cache[start + tiles.dim * TILE_TOKENS..][..4 * TILE_TOKENS];
-        let (scales, _) = bytes.as_chunks::<4>();
-        std::array::from_fn(|i| f32::from_le_bytes(scales[i]))
+    fn scales<S: Simd>(simd: S, tile: &[u8]) -> Lanes {
+        let mut scales = [0.0; LANES];
+        simd.store(F32::load(simd, &tile[tile.len() - 4 * TILE_TOKENS..]), &mut scales);
+        scales
+    }
+
+    /// The panels of a tile, 16 × 16 bytes each.
+    #[inline(always)]
+    fn panels(tile: &[u8]) -> &[Panel] {
+        tile.as_chunks().0
     }
 }
 
@@ -301,6 +331,23 @@ fn round_and_sum(x: &Lanes, factor: f32, out: &mut [i32; LANES]) -> i32 {
         sum = sum.wrapping_add(out[i]);
     }
     sum
+}
+
+/// `sums[i] += Σ_k factors[i][k] · panel[k]` over the 16 rows of a panel.
+#[inline(always)]
+fn add_bytes<S: Simd, const M: usize>(
+    simd: S,
+    sums: &mut [S::Sums; M],
+    panel: &Panel,
+    factors: [&Quads; M],
+) {
+    let (rows, _) = panel.as_chunks::<64>();
+    for (k, bytes) in rows.iter().enumerate() {
+        let bytes = simd.load_bytes(bytes);
+        for i in 0..M {
+            sums[i] = simd.add_quad(sums[i], bytes, &factors[i][k % QUAD]);
+        }
+    }
 }
 
 impl Format for Q8 {
@@ -316,23 +363,23 @@ impl Format for Q8 {
     }
 
     fn store_value(tile: &mut [u8], token: usize, value: &[f32]) {
-        let start = token / QUAD * QUAD * value.len() + token % QUAD;
-        let scale = Self::quantize(value, |d, byte| tile[start + d * QUAD] = byte);
+        let start = token / QUAD * QUAD * LANES + token % QUAD;
+        let scale = Self::quantize(value, |d, byte| {
+            tile[d / LANES * LANES * TILE_TOKENS + start + d % LANES * QUAD] = byte;
+        });
         Self::store_scale(tile, value.len(), token, scale);
     }
 
     #[inline(always)]
     fn prepare<S: Simd>(simd: S, scratch: &mut Scratch, dim: usize) {
         let Scratch { queries, query_codes, query_factor, query_sum, .. } = scratch;
-        let codes = query_codes.chunks_exact_mut(dim / QUAD);
+        let codes = query_codes.chunks_exact_mut(dim / LANES);
         let stats = query_factor.iter_mut().zip(query_sum);
         for ((query, codes), (out_factor, sum)) in queries.chunks_exact(dim).zip(codes).zip(stats) {
             let largest = math::max_abs(query);
             let factor = if largest > TINY { WEIGHT_MAX / largest } else { 0.0 };
             *sum = 0;
-            let (chunks, _) = query.as_chunks::<LANES>();
-            let (codes, _) = codes.as_chunks_mut::<4>();
-            for (x, codes) in chunks.iter().zip(codes) {
+            for (x, codes) in query.as_chunks::<LANES>().0.iter().zip(codes) {
                 let mut rounded = [0; LANES];
                 *sum = sum.wrapping_add(round_and_sum(x, factor, &mut rounded));
                 *codes = simd.encode(&rounded);
@@ -350,29 +397,25 @@ impl Format for Q8 {
         queries: Range<usize>,
         scratch: &mut Scratch,
     ) {
-        let n_quads = tiles.dim / QUAD;
+        let n_panels = tiles.dim / LANES;
         let Scratch { query_codes, query_factor, query_sum, scores, .. } = scratch;
-        for (tile, &start) in tiles.keys.iter().enumerate() {
-            let keys = &tiles.cache[start..][..tiles.dim * TILE_TOKENS];
-            let scales = Self::scales(tiles, start);
-            in_groups!(queries.clone(), false, |first, M| {
-                let codes: [&[Quad]; M] =
-                    std::array::from_fn(|i| &query_codes[(first + i) * n_quads..][..n_quads]);
+        let (scores, _) = scores.as_chunks_mut::<LANES>();
+        for tile in 0..tiles.keys.len() {
+            let keys = tiles.keys(simd, tile);
+            let scales = Self::scales(simd, keys);
+            in_groups!(queries.clone(), S::WIDE, |first, M| {
                 let mut sums = [simd.no_sums(); M];
-                for (k, bytes) in keys.as_chunks::<64>().0.iter().enumerate().take(n_quads) {
-                    let bytes = simd.load_bytes(bytes);
-                    for i in 0..M {
-                        sums[i] = simd.add_quad(sums[i], bytes, &codes[i][k]);
-                    }
+                for (p, panel) in Self::panels(keys).iter().enumerate().take(n_panels) {
+                    let factors = column(query_codes, first * n_panels + p, n_panels);
+                    add_bytes::<S, M>(simd, &mut sums, panel, factors);
                 }
                 for (i, &sums) in sums.iter().enumerate() {
                     let m = first + i;
                     let bias = ZERO.wrapping_mul(query_sum[m]);
-                    let sums = simd.finish(sums);
-                    let out = &mut scores[m * SPAN + tile * TILE_TOKENS..][..TILE_TOKENS];
+                    let (sums, factor) = (simd.finish(sums), query_factor[m]);
+                    let out = &mut scores[m * SPAN_TILES + tile];
                     for lane in 0..LANES {
-                        let sum = sums[lane].wrapping_sub(bias) as f32;
-                        out[lane] = sum * scales[lane] * query_factor[m];
+                        out[lane] = sums[lane].wrapping_sub(bias) as f32 * scales[lane] * factor;
                     }
                 }
             });
@@ -387,37 +430,27 @@ impl Format for Q8 {
         visible: impl Fn(usize) -> usize,
         scratch: &mut Scratch,
     ) {
-        const QUADS: usize = SPAN / QUAD;
         for m in queries.clone() {
             encode_weights(simd, tiles, m, visible(m), scratch);
         }
-        let dim = tiles.dim;
+        let n_panels = tiles.dim / LANES;
         let Scratch { weight_codes, weight_factor, weight_sum, span, .. } = scratch;
-        for column in (0..dim).step_by(LANES) {
-            in_groups!(queries.clone(), false, |first, M| {
+        let (out, _) = span.values.as_chunks_mut::<LANES>();
+        for panel in 0..n_panels {
+            in_groups!(queries.clone(), S::WIDE, |first, M| {
                 let mut sums = [simd.no_sums(); M];
                 for (tile, &start) in tiles.values.iter().enumerate() {
-                    let values = &tiles.cache[start..][..dim * TILE_TOKENS];
-                    let codes: [&[Quad; 4]; M] = std::array::from_fn(|i| {
-                        let at = (first + i) * QUADS + tile * 4;
-                        weight_codes[at..].first_chunk().unwrap_or(&[[0; 8]; 4])
-                    });
-                    for quad in 0..4 {
-                        let at = (quad * dim + column) * QUAD;
-                        let Some(bytes) = values[at..].first_chunk() else { continue };
-                        let bytes = simd.load_bytes(bytes);
-                        for i in 0..M {
-                            sums[i] = simd.add_quad(sums[i], bytes, &codes[i][quad]);
-                        }
-                    }
+                    let values = &Self::panels(tiles.tile(start))[panel];
+                    let factors = column(weight_codes, first * SPAN_TILES + tile, SPAN_TILES);
+                    add_bytes::<S, M>(simd, &mut sums, values, factors);
                 }
                 for (i, &sums) in sums.iter().enumerate() {
                     let m = first + i;
                     let bias = ZERO.wrapping_mul(weight_sum[m]);
-                    let sums = simd.finish(sums);
-                    let out = &mut span.values[m * dim + column..][..LANES];
+                    let (sums, factor) = (simd.finish(sums), weight_factor[m]);
+                    let out = &mut out[m * n_panels + panel];
                     for lane in 0..LANES {
-                        out[lane] = sums[lane].wrapping_sub(bias) as f32 * weight_factor[m];
+                        out[lane] = sums[lane].wrapping_sub(bias) as f32 * factor;
                     }
                 }
             });
@@ -436,25 +469,22 @@ fn encode_weights<S: Simd>(
     scratch: &mut Scratch,
 ) {
     let n_tiles = tiles.values.len();
-    let (weights, _) = scratch.scores[m * SPAN..][..SPAN].as_chunks_mut::<LANES>();
-    let mut largest = [0.0f32; LANES];
-    let mut total = [0.0f32; LANES];
-    for (tile, weights) in weights.iter_mut().enumerate().take(n_tiles) {
-        let scales = Q8::scales(tiles, tiles.values[tile]);
-        let inside = visible.saturating_sub(tile * TILE_TOKENS);
+    let all = &mut scratch.scores[m * SPAN..][..n_tiles * LANES];
+    let (weights, _) = all.as_chunks_mut::<LANES>();
+    for ((tile, weights), &start) in weights.iter_mut().enumerate().zip(tiles.values) {
+        let mut scales = Q8::scales(simd, tiles.tile(start));
+        for lane in visible.saturating_sub(tile * TILE_TOKENS).min(LANES)..LANES {
+            (weights[lane], scales[lane]) = (0.0, 0.0);
+        }
         for lane in 0..LANES {
-            let product = weights[lane] * scales[lane];
-            weights[lane] = if lane < inside { product } else { 0.0 };
-            largest[lane] = math::larger(weights[lane], largest[lane]);
-            total[lane] += weights[lane];
+            weights[lane] *= scales[lane];
         }
     }
-    let largest = math::max_lanes(largest);
-    let total = math::sum_lanes(total);
+    let (largest, total) = (math::max(all), math::sum(all));
     let factor = if largest > TINY { WEIGHT_MAX / largest } else { 0.0 };
-    let (codes, _) = scratch.weight_codes[m * (SPAN / QUAD)..][..SPAN / QUAD].as_chunks_mut::<4>();
+    let codes = &mut scratch.weight_codes[m * SPAN_TILES..][..SPAN_TILES];
     let mut sum = 0i32;
-    for (weights, codes) in weights.iter().zip(codes).take(n_tiles) {
+    for (weights, codes) in all.as_chunks::<LANES>().0.iter().zip(codes) {
         let mut rounded = [0; LANES];
         sum = sum.wrapping_add(round_and_sum(weights, factor, &mut rounded));
         *codes = simd.encode(&rounded);

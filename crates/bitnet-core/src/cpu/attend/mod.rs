@@ -9,12 +9,12 @@
 //! A tile holds 16 tokens of one head (`d` = feature, `t` = token):
 //!
 //! ```text
-//! keys    f32, f16   [d][t]                     values   [t][d]
-//! keys    q8         [d/4][t][d%4], scales [t]  values   [t/4][d][t%4], scales [t]
+//! keys    f32, f16   [d][t]                    values  [d/16][t][d%16]
+//! keys    q8         [d/4][t][d%4], scale [t]  values  [d/16][t/4][d%16][t%4], scale [t]
 //! ```
 //!
-//! so that neither the products of queries and keys nor those of weights and values ever add up
-//! the lanes of a register. With 8-bit keys and values both products are integer: queries and
+//! so that both products, of queries with keys and of weights with values, run over panels of 16
+//! terms by 16 lanes that lie one after the other, and never add up the lanes of a register. With 8-bit keys and values both products are integer: queries and
 //! weights are rounded to 16 bits, which costs nothing beside what 8 bits cost the cache.
 //!
 //! Knows one head of one sequence; `attention` shares the heads, rows and spans out.
@@ -28,15 +28,17 @@ mod tests;
 mod x86_64;
 
 use crate::backend::KvType;
-use crate::cpu::kv::KvLayout;
+use crate::cpu::kv::{KvLayout, TILE_TOKENS};
 use crate::cpu::math;
 use format::{F16, F32, Format, Q8};
-use simd::{Portable, Quad};
+use simd::{Portable, Quads};
 use std::ops::Range;
 
 /// Positions in a span. A multiple of the 16 tokens of a tile; integer sums over a span of 8-bit
 /// values with 16-bit weights fit 32 bits.
 pub(crate) const SPAN: usize = 256;
+/// Tiles in a span.
+const SPAN_TILES: usize = SPAN / TILE_TOKENS;
 
 /// Bytes of a tile of 16 keys or values with `dim` features, a multiple of 16.
 pub(crate) fn tile_bytes(dtype: KvType, dim: usize) -> usize {
@@ -83,15 +85,25 @@ pub(crate) struct Task<'a> {
     /// Position of the first row.
     pub(crate) first_position: usize,
     pub(crate) spans: Range<usize>,
+    /// End of the spans that this thread will work on next, the task's own included: a hint.
+    pub(crate) ahead: usize,
 }
 
 impl Task<'_> {
     /// Queries, row-major: query `m` is number `m % group` of row `m / group`.
+    #[inline(always)]
     pub(crate) fn n_queries(&self) -> usize {
         self.n_rows * self.group
     }
 
+    /// Positions that the last row sees.
+    #[inline(always)]
+    fn end(&self) -> usize {
+        self.first_position + self.n_rows
+    }
+
     /// Positions of span `span` that query `m` sees.
+    #[inline(always)]
     fn visible(&self, m: usize, span: usize) -> usize {
         (self.first_position + m / self.group + 1).saturating_sub(span * SPAN).min(SPAN)
     }
@@ -131,7 +143,8 @@ impl Partial {
     }
 
     /// Joins the next span, as [`Partial::write`] left it.
-    pub(crate) fn fold_written(&mut self, written: &[f32]) {
+    #[inline(always)]
+    fn fold_written(&mut self, written: &[f32]) {
         let n = self.max.len();
         let dim = self.values.len() / n;
         let (max, rest) = written.split_at(n);
@@ -174,13 +187,13 @@ pub(crate) struct Scratch {
     /// Scaled queries `(queries, dim)`.
     queries: Vec<f32>,
     /// The same as integers, with the factor of each and its sum.
-    query_codes: Vec<Quad>,
+    query_codes: Vec<Quads>,
     query_factor: Vec<f32>,
     query_sum: Vec<i32>,
     /// Scores, then weights, `(queries, SPAN)`.
     scores: Vec<f32>,
     /// Weights times scales of the values, as integers, with factors and sums.
-    weight_codes: Vec<Quad>,
+    weight_codes: Vec<Quads>,
     weight_factor: Vec<f32>,
     weight_sum: Vec<i32>,
     /// Maximum, total and values of the current span.
@@ -202,16 +215,16 @@ impl Scratch {
             + partial(&self.span)
             + partial(&self.result);
         let quads = self.query_codes.capacity() + self.weight_codes.capacity();
-        (4 * floats + 8 * quads) as u64
+        (4 * floats + 32 * quads) as u64
     }
 
     fn reset(&mut self, n: usize, dim: usize) {
         self.queries.resize(n * dim, 0.0);
-        self.query_codes.resize(n * dim / 4, [0; 8]);
+        self.query_codes.resize(n * dim / 16, [[0; 8]; 4]);
         self.query_factor.resize(n, 0.0);
         self.query_sum.resize(n, 0);
         self.scores.resize(n * SPAN, 0.0);
-        self.weight_codes.resize(n * SPAN / 4, [0; 8]);
+        self.weight_codes.resize(n * SPAN_TILES, [[0; 8]; 4]);
         self.weight_factor.resize(n, 0.0);
         self.weight_sum.resize(n, 0);
         self.span.reset(n, dim);
@@ -220,12 +233,14 @@ impl Scratch {
 }
 
 type AttendFn = unsafe fn(&Task<'_>, &mut Scratch);
+type JoinFn = unsafe fn(&[f32], usize, &mut Partial);
 
 /// [`AttentionKernels::attend`] for one instruction set and each number format.
 pub(crate) struct AttentionKernels {
     f32: AttendFn,
     f16: AttendFn,
     q8: AttendFn,
+    join: JoinFn,
 }
 
 impl AttentionKernels {
@@ -242,6 +257,15 @@ impl AttentionKernels {
         // SAFETY: as the caller promises.
         unsafe { attend(task, scratch) }
     }
+
+    /// Joins what [`Partial::write`] left of `n_spans` consecutive spans to `result`.
+    ///
+    /// # Safety
+    /// As [`AttentionKernels::attend`].
+    pub(crate) unsafe fn join(&self, partials: &[f32], n_spans: usize, result: &mut Partial) {
+        // SAFETY: as the caller promises.
+        unsafe { (self.join)(partials, n_spans, result) }
+    }
 }
 
 /// For every CPU.
@@ -249,6 +273,7 @@ pub(crate) static PORTABLE: AttentionKernels = AttentionKernels {
     f32: |task, scratch| span::attend::<_, F32>(Portable, task, scratch),
     f16: |task, scratch| span::attend::<_, F16>(Portable, task, scratch),
     q8: |task, scratch| span::attend::<_, Q8>(Portable, task, scratch),
+    join: span::join,
 };
 
 /// The functions of one x86-64 instruction set: the same source, compiled with its features.
@@ -260,7 +285,11 @@ macro_rules! compiled_for {
             // SAFETY: the CPU has these features, or this function may not be called.
             span::attend::<_, F>(unsafe { <$simd>::new() }, task, scratch);
         }
-        AttentionKernels { f32: attend::<F32>, f16: attend::<F16>, q8: attend::<Q8> }
+        #[target_feature(enable = $features)]
+        unsafe fn join(partials: &[f32], n_spans: usize, result: &mut Partial) {
+            span::join(partials, n_spans, result);
+        }
+        AttentionKernels { f32: attend::<F32>, f16: attend::<F16>, q8: attend::<Q8>, join }
     }};
 }
 

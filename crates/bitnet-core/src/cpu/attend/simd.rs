@@ -6,10 +6,14 @@
 
 use crate::cpu::math::{LANES, Lanes};
 
-/// Weights of four consecutive terms of an integer sum, 16 bits each, as one set wants them.
+/// Factors of four consecutive terms of an integer sum, 16 bits each, as one set wants them.
 pub(super) type Quad = [u8; 8];
+/// Factors of 16 terms.
+pub(super) type Quads = [Quad; 4];
+/// 16 × 16 unsigned bytes: four rows of four terms in 16 lanes.
+pub(super) type Panel = [u8; 256];
 
-/// The largest magnitude of an integer weight: its high byte, after the low one is rounded off,
+/// The largest magnitude of an integer factor: its high byte, after the low one is rounded off,
 /// still fits 8 bits with a sign.
 pub(super) const WEIGHT_MAX: f32 = 32_639.0;
 
@@ -21,7 +25,8 @@ pub(super) trait Simd: Copy {
     /// 16 f32.
     type Floats: Copy;
     fn splat(self, x: f32) -> Self::Floats;
-    fn load(self, x: &Lanes) -> Self::Floats;
+    /// 16 little-endian f32.
+    fn load_f32(self, bytes: &[u8; 64]) -> Self::Floats;
     /// 16 little-endian halves, exactly.
     fn load_f16(self, bytes: &[u8; 32]) -> Self::Floats;
     fn store(self, x: Self::Floats, out: &mut Lanes);
@@ -37,8 +42,11 @@ pub(super) trait Simd: Copy {
     /// Lane `i`: `sum + Σ_k bytes[4i + k] · quad[k]`, modulo 2³².
     fn add_quad(self, sums: Self::Sums, bytes: Self::Bytes, quad: &Quad) -> Self::Sums;
     fn finish(self, sums: Self::Sums) -> [i32; LANES];
-    /// Integer weights, at most [`WEIGHT_MAX`] in magnitude, as four quads.
-    fn encode(self, weights: &[i32; LANES]) -> [Quad; 4];
+    /// Integer factors, at most [`WEIGHT_MAX`] in magnitude, as quads.
+    fn encode(self, factors: &[i32; LANES]) -> Quads;
+
+    /// Asks for bytes soon to be read, at the nearest level of the caches or at the second.
+    fn prefetch(self, bytes: &[u8], nearest: bool);
 }
 
 /// Plain loops, which every compiler target vectorizes as far as it can.
@@ -56,14 +64,21 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn load(self, x: &Lanes) -> Lanes {
-        *x
+    fn load_f32(self, bytes: &[u8; 64]) -> Lanes {
+        let mut out = [0.0; LANES];
+        for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *out = f32::from_le_bytes(*bytes);
+        }
+        out
     }
 
     #[inline(always)]
     fn load_f16(self, bytes: &[u8; 32]) -> Lanes {
-        let (halves, _) = bytes.as_chunks::<2>();
-        std::array::from_fn(|i| half_to_f32(u16::from_le_bytes(halves[i])))
+        let mut out = [0.0; LANES];
+        for (out, half) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *out = half_to_f32(u16::from_le_bytes(*half));
+        }
+        out
     }
 
     #[inline(always)]
@@ -72,8 +87,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn add_product(self, sum: Lanes, a: Lanes, b: Lanes) -> Lanes {
-        std::array::from_fn(|i| sum[i] + a[i] * b[i])
+    fn add_product(self, mut sum: Lanes, a: Lanes, b: Lanes) -> Lanes {
+        for i in 0..LANES {
+            sum[i] += a[i] * b[i];
+        }
+        sum
     }
 
     type Bytes = [u8; 64];
@@ -91,17 +109,15 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn add_quad(self, sums: [i32; LANES], bytes: [u8; 64], quad: &Quad) -> [i32; LANES] {
-        let (weights, _) = quad.as_chunks::<2>();
-        let (bytes, _) = bytes.as_chunks::<4>();
-        std::array::from_fn(|i| {
-            let mut sum = sums[i];
+    fn add_quad(self, mut sums: [i32; LANES], bytes: [u8; 64], quad: &Quad) -> [i32; LANES] {
+        let (factors, _) = quad.as_chunks::<2>();
+        for (sum, bytes) in sums.iter_mut().zip(bytes.as_chunks::<4>().0) {
             for k in 0..4 {
-                let product = i32::from(bytes[i][k]) * i32::from(i16::from_le_bytes(weights[k]));
-                sum = sum.wrapping_add(product);
+                let factor = i32::from(i16::from_le_bytes(factors[k]));
+                *sum = sum.wrapping_add(i32::from(bytes[k]) * factor);
             }
-            sum
-        })
+        }
+        sums
     }
 
     #[inline(always)]
@@ -110,18 +126,21 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn encode(self, weights: &[i32; LANES]) -> [Quad; 4] {
-        encode_as_i16(weights)
+    fn encode(self, factors: &[i32; LANES]) -> Quads {
+        encode_as_i16(factors)
     }
+
+    #[inline(always)]
+    fn prefetch(self, _: &[u8], _: bool) {}
 }
 
 /// Quads of plain 16-bit numbers.
 #[inline(always)]
-pub(super) fn encode_as_i16(weights: &[i32; LANES]) -> [Quad; 4] {
+pub(super) fn encode_as_i16(factors: &[i32; LANES]) -> Quads {
     let mut quads = [[0; 8]; 4];
-    for (bytes, &weight) in quads.as_flattened_mut().as_chunks_mut::<2>().0.iter_mut().zip(weights)
+    for (bytes, &factor) in quads.as_flattened_mut().as_chunks_mut::<2>().0.iter_mut().zip(factors)
     {
-        *bytes = (weight as i16).to_le_bytes();
+        *bytes = (factor as i16).to_le_bytes();
     }
     quads
 }

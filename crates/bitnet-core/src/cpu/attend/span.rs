@@ -1,13 +1,10 @@
 //! The steps of one task: scores, softmax and values of each span, joined in order.
 
-use super::format::{Format, SpanTiles};
+use super::format::{AHEAD, Format, SpanTiles};
 use super::simd::Simd;
-use super::{SPAN, Scratch, Task, fold};
+use super::{SPAN, SPAN_TILES, Scratch, Task, fold};
 use crate::cpu::kv::{Part, TILE_TOKENS};
 use crate::cpu::math;
-
-/// Tiles in a span.
-const TILES: usize = SPAN / TILE_TOKENS;
 
 /// Computes `task` into `scratch.result`.
 #[inline(always)]
@@ -24,24 +21,31 @@ pub(super) fn attend<S: Simd, F: Format>(simd: S, task: &Task<'_>, scratch: &mut
             return;
         };
         let n_tiles = n_visible.div_ceil(TILE_TOKENS);
-        let place = |part| {
-            let mut places = [0; TILES];
-            for (i, place) in places[..n_tiles].iter_mut().enumerate() {
-                let tile = span * TILES + i;
-                *place = layout.sequence_tile(task.blocks, task.layer, part, task.kv_head, tile);
-            }
-            places
-        };
-        let (keys, values) = (place(Part::Keys), place(Part::Values));
+        let place =
+            |part, tile| layout.sequence_tile(task.blocks, task.layer, part, task.kv_head, tile);
+        let (mut keys, mut values) = ([0; SPAN_TILES], [0; SPAN_TILES]);
+        for (i, (key, value)) in keys.iter_mut().zip(&mut values).enumerate().take(n_tiles) {
+            let tile = span * SPAN_TILES + i;
+            (*key, *value) = (place(Part::Keys, tile), place(Part::Values, tile));
+        }
         let tiles = SpanTiles {
             cache: task.cache,
             dim,
             keys: &keys[..n_tiles],
             values: &values[..n_tiles],
+            tile_bytes: layout.tile_bytes,
         };
         F::scores(simd, &tiles, first..n, scratch);
         for m in first..n {
             softmax(scratch, m, task.visible(m, span));
+        }
+        if span + 1 < task.ahead {
+            for tile in (span + 1) * SPAN_TILES..(span + 1) * SPAN_TILES + AHEAD {
+                if tile * TILE_TOKENS < task.end() {
+                    let start = place(Part::Keys, tile);
+                    simd.prefetch(&task.cache[start..][..layout.tile_bytes], true);
+                }
+            }
         }
         F::values(simd, &tiles, first..n, |m| task.visible(m, span), scratch);
         let Scratch { span: partial, result, .. } = scratch;
@@ -55,6 +59,15 @@ pub(super) fn attend<S: Simd, F: Format>(simd: S, task: &Task<'_>, scratch: &mut
                 (partial.max[m], partial.total[m], &partial.values[m * dim..(m + 1) * dim]),
             );
         }
+    }
+}
+
+/// Joins partial results of consecutive spans, each as [`super::Partial::write`] left it, into
+/// `result`, which has the right size.
+#[inline(always)]
+pub(super) fn join(partials: &[f32], n_spans: usize, result: &mut super::Partial) {
+    for partial in partials.chunks_exact(partials.len() / n_spans) {
+        result.fold_written(partial);
     }
 }
 

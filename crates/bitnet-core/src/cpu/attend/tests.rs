@@ -97,6 +97,7 @@ impl Case {
             n_rows: rows.len(),
             group: self.group,
             first_position: self.first_position + rows.start,
+            ahead: spans.end + 1,
             spans,
         }
     }
@@ -124,7 +125,8 @@ impl Case {
                         kernels.attend(&self.task(rows.clone(), span..span + 1), &mut scratch)
                     };
                     scratch.result.write(&mut written);
-                    result.fold_written(&written);
+                    // SAFETY: as above.
+                    unsafe { kernels.join(&written, 1, &mut result) };
                 }
             } else {
                 // SAFETY: as above.

@@ -1,6 +1,6 @@
 //! The operations of [`Simd`] in AVX2 (with F16C) and AVX-512 (with VNNI).
 
-use super::simd::{Quad, Simd, encode_as_i16};
+use super::simd::{Quad, Quads, Simd, encode_as_i16};
 use crate::cpu::math::{LANES, Lanes};
 use std::arch::x86_64::*;
 
@@ -31,9 +31,10 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn load(self, x: &Lanes) -> Self::Floats {
+    fn load_f32(self, bytes: &[u8; 64]) -> Self::Floats {
+        let start = bytes.as_ptr().cast::<f32>();
         // SAFETY: see the impl.
-        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+        unsafe { [_mm256_loadu_ps(start), _mm256_loadu_ps(start.add(8))] }
     }
 
     #[inline(always)]
@@ -75,7 +76,14 @@ impl Simd for Avx2 {
     fn load_bytes(self, bytes: &[u8; 64]) -> Self::Bytes {
         let start = bytes.as_ptr().cast::<__m128i>();
         // SAFETY: see the impl.
-        std::array::from_fn(|i| unsafe { _mm256_cvtepu8_epi16(_mm_loadu_si128(start.add(i))) })
+        unsafe {
+            [
+                _mm256_cvtepu8_epi16(_mm_loadu_si128(start)),
+                _mm256_cvtepu8_epi16(_mm_loadu_si128(start.add(1))),
+                _mm256_cvtepu8_epi16(_mm_loadu_si128(start.add(2))),
+                _mm256_cvtepu8_epi16(_mm_loadu_si128(start.add(3))),
+            ]
+        }
     }
 
     /// Two partial sums a lane.
@@ -113,8 +121,13 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn encode(self, weights: &[i32; LANES]) -> [Quad; 4] {
-        encode_as_i16(weights)
+    fn encode(self, factors: &[i32; LANES]) -> Quads {
+        encode_as_i16(factors)
+    }
+
+    #[inline(always)]
+    fn prefetch(self, bytes: &[u8], nearest: bool) {
+        prefetch(bytes, nearest);
     }
 }
 
@@ -145,9 +158,9 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load(self, x: &Lanes) -> __m512 {
+    fn load_f32(self, bytes: &[u8; 64]) -> __m512 {
         // SAFETY: see the impl.
-        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        unsafe { _mm512_loadu_ps(bytes.as_ptr().cast()) }
     }
 
     #[inline(always)]
@@ -207,20 +220,39 @@ impl Simd for Avx512 {
         out
     }
 
-    /// Four high bytes, then four low ones: `weight = 256 · high + low`, both signed.
+    /// Four high bytes, then four low ones: `factor = 256 · high + low`, both signed.
     #[inline(always)]
-    fn encode(self, weights: &[i32; LANES]) -> [Quad; 4] {
+    fn encode(self, factors: &[i32; LANES]) -> Quads {
         let mut quads = [[0; 8]; 4];
         // SAFETY: see the impl; the quads are 32 bytes.
         unsafe {
-            let weights = _mm512_loadu_si512(weights.as_ptr().cast());
-            let rounded = _mm512_add_epi32(weights, _mm512_set1_epi32(128));
+            let factors = _mm512_loadu_si512(factors.as_ptr().cast());
+            let rounded = _mm512_add_epi32(factors, _mm512_set1_epi32(128));
             let high = _mm512_cvtepi32_epi8(_mm512_srai_epi32::<8>(rounded));
-            let low = _mm512_cvtepi32_epi8(weights);
+            let low = _mm512_cvtepi32_epi8(factors);
             let out = quads.as_mut_ptr().cast::<__m128i>();
             _mm_storeu_si128(out, _mm_unpacklo_epi32(high, low));
             _mm_storeu_si128(out.add(1), _mm_unpackhi_epi32(high, low));
         }
         quads
+    }
+    #[inline(always)]
+    fn prefetch(self, bytes: &[u8], nearest: bool) {
+        prefetch(bytes, nearest);
+    }
+}
+
+/// Asks for every cache line of `bytes`.
+#[inline(always)]
+fn prefetch(bytes: &[u8], nearest: bool) {
+    for line in bytes.chunks(64) {
+        let start = line.as_ptr().cast();
+        // SAFETY: a prefetch reads nothing that the program could see.
+        unsafe {
+            match nearest {
+                true => _mm_prefetch::<_MM_HINT_T0>(start),
+                false => _mm_prefetch::<_MM_HINT_T1>(start),
+            }
+        }
     }
 }
