@@ -13,7 +13,6 @@ mod alphabet;
 mod error;
 mod gguf;
 mod json;
-mod names;
 mod normalize;
 mod pattern;
 mod pretokenize;
@@ -23,7 +22,7 @@ mod vocab;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use bitnet_quant::text::{TextAssets, TokenizerSource};
+use bitnet_quant::text::{TextAssets, TokenizerSource, pretokenizers as names};
 use tokenizers::Model as _;
 use tokenizers::models::bpe::BPE;
 
