@@ -34,7 +34,7 @@ pub struct KvSpec {
     pub n_kv_heads: usize,
     /// Features of a head.
     pub head_dim: usize,
-    /// Tokens in a block.
+    /// Tokens in a block; a multiple of 16.
     pub block_tokens: usize,
     /// Blocks in the whole cache.
     pub n_blocks: usize,

@@ -18,10 +18,14 @@ impl CpuRope {
     /// Takes the frequencies over.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if there are none, or one is not finite.
+    /// [`Error::Invalid`] if there are none, or one or the magnitude is not finite.
     pub fn new(spec: &RopeSpec) -> Result<Self> {
         let bad = spec.inv_freq.iter().position(|f| !f.is_finite());
         match bad {
+            _ if !spec.magnitude.is_finite() => {
+                let reason = format!("the magnitude is {}", spec.magnitude);
+                Err(Error::invalid("rotary embedding", reason))
+            }
             Some(i) => {
                 let reason = format!("frequency {i} is {}", spec.inv_freq[i]);
                 Err(Error::invalid("rotary embedding", reason))
@@ -151,9 +155,10 @@ mod tests {
     #[test]
     fn frequencies_must_be_numbers() {
         for inv_freq in [vec![], vec![1.0, f32::NAN], vec![f32::INFINITY]] {
-            assert!(
-                CpuRope::new(&RopeSpec { inv_freq, max_positions: 1, magnitude: 1.0 }).is_err()
-            );
+            let spec = RopeSpec { inv_freq, max_positions: 1, magnitude: 1.0 };
+            assert!(CpuRope::new(&spec).is_err());
         }
+        let spec = RopeSpec { inv_freq: vec![1.0], max_positions: 1, magnitude: f32::NAN };
+        assert!(CpuRope::new(&spec).is_err());
     }
 }

@@ -26,6 +26,7 @@ struct Case {
     v: Vec<f32>,
     head_norms: Option<(NormWeights, NormWeights)>,
     inv_freq: Vec<f32>,
+    magnitude: f32,
     /// Block table of each sequence.
     blocks: Vec<Vec<u32>>,
     n_blocks: usize,
@@ -66,6 +67,7 @@ impl Case {
             inv_freq: (0..head_dim / 2)
                 .map(|i| 10_000f64.powf(-2.0 * i as f64 / head_dim as f64) as f32)
                 .collect(),
+            magnitude: if with_norms { 1.25 } else { 1.0 },
             blocks,
             n_blocks,
         }
@@ -125,8 +127,11 @@ impl Case {
             dtype: self.dtype,
         };
         let mut kv = backend.kv_cache(spec).expect("a cache");
-        let rope =
-            RopeSpec { inv_freq: self.inv_freq.clone(), max_positions: 4096, magnitude: 1.0 };
+        let rope = RopeSpec {
+            inv_freq: self.inv_freq.clone(),
+            max_positions: 4096,
+            magnitude: self.magnitude,
+        };
         let rope = backend.rope(&rope).expect("rotations");
         let norms = self
             .head_norms
@@ -197,17 +202,17 @@ impl Case {
         let half = self.head_dim / 2;
         for (i, &frequency) in self.inv_freq.iter().enumerate() {
             let (sin, cos) = (position as f64 * f64::from(frequency)).sin_cos();
-            let (a, b) = (x[i], x[i + half]);
+            let [a, b] = [x[i], x[i + half]].map(|x| x * f64::from(self.magnitude));
             (x[i], x[i + half]) = (a * cos - b * sin, b * cos + a * sin);
         }
         x
     }
 
     /// Relative error of a normalized and rotated number, against the largest of its head: the
-    /// norm, and an angle that was rounded as an f32.
+    /// norm, an angle that was rounded as an f32, and the magnitude.
     fn turning_error(&self, position: usize) -> f64 {
         let norm = if self.head_norms.is_some() { self.head_dim as f64 / 2.0 + 6.0 } else { 0.0 };
-        (norm + 2.0 * (2.0 * position as f64 + 8.0)) * ROUNDING
+        (norm + 2.0 * (2.0 * position as f64 + 10.0)) * ROUNDING
     }
 
     /// Checks what `run` returned against the definition.
