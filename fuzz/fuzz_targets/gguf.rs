@@ -1,18 +1,19 @@
 //! Any bytes as a GGUF file: header, metadata, tensors, and every weight a decoder would read.
 #![no_main]
 
-use bitnet_quant::checkpoint::Checkpoint;
+use bitnet_quant::checkpoint::{Checkpoint, ModelFiles};
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
-    if let Ok(checkpoint) = Checkpoint::from_gguf(Bytes::copy_from_slice(data), "fuzz.gguf") {
-        bitnet_fuzz_read_all(&checkpoint);
+    let files = ModelFiles::in_memory("fuzz", [("model.gguf", Bytes::copy_from_slice(data))]);
+    if let Ok(checkpoint) = Checkpoint::from_files(files) {
+        read_all(&checkpoint);
     }
 });
 
 /// Reads every tensor the decoder would ask for.
-fn bitnet_fuzz_read_all(checkpoint: &Checkpoint) {
+fn read_all(checkpoint: &Checkpoint) {
     let _ = checkpoint.text();
     let _ = checkpoint.table("model.embed_tokens");
     let _ = checkpoint.norm("model.norm");
