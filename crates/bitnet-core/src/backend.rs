@@ -98,6 +98,18 @@ pub struct Batch {
     pub sequences: Vec<SequenceSlice>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<usize>,
+    /// If set, only so many largest logits of each row are wanted, exactly; a backend may leave
+    /// −∞ in place of the others.
+    pub n_best: Option<usize>,
+}
+
+/// What a table `(vocab, hidden)` is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TableRole {
+    /// Rows are looked up.
+    Embedding,
+    /// Rows are multiplied with, and perhaps looked up too.
+    Head,
 }
 
 /// What a device is, for reports and selection.
@@ -151,8 +163,8 @@ pub trait Backend: Send + Sync + 'static {
     fn linear(&mut self, weights: &LinearWeights) -> Result<Self::Linear>;
     /// Takes a norm over to the device.
     fn norm(&mut self, weights: &NormWeights) -> Result<Self::Norm>;
-    /// Takes an embedding table `(vocab, hidden)` over; the same table may serve as head.
-    fn table(&mut self, weights: Arc<dyn FloatRows>) -> Result<Self::Table>;
+    /// Takes an embedding table or output head `(vocab, hidden)` over.
+    fn table(&mut self, weights: Arc<dyn FloatRows>, role: TableRole) -> Result<Self::Table>;
     /// Prepares rotations.
     fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope>;
     /// Activations for steps of up to `max_tokens` tokens.
@@ -211,7 +223,8 @@ pub trait Backend: Send + Sync + 'static {
         layer: usize,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// Exact logits of the batch's `logit_rows`: `(logit_rows.len(), vocab)`, row-major, into `out`.
+    /// Exact logits of the batch's `logit_rows`: `(logit_rows.len(), vocab)`, row-major, into `out`;
+    /// see [`Batch::n_best`].
     fn logits(
         &mut self,
         x: &Self::Buffer,

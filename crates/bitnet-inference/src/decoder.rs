@@ -5,7 +5,9 @@
 //! the order of the data and leaves every element loop to the [`Backend`]. Knows no text, no
 //! scheduling and no file formats.
 
-use bitnet_core::backend::{Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec};
+use bitnet_core::backend::{
+    Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, TableRole,
+};
 use bitnet_quant::checkpoint::Checkpoint;
 use bitnet_quant::config::{HiddenAct, ModelConfig};
 
@@ -113,13 +115,15 @@ impl<B: Backend> Decoder<B> {
             progress(layer_idx + 1, config.num_hidden_layers);
         }
 
-        let table = |b: &mut B, name: &str| -> Result<B::Table> {
-            b.table(checkpoint.table(name).map_err(file)?).map_err(device)
+        let table = |b: &mut B, name: &str, role: TableRole| -> Result<B::Table> {
+            b.table(checkpoint.table(name).map_err(file)?, role).map_err(device)
         };
-        let embedding = table(b, "model.embed_tokens")?;
-        let head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(table(b, "lm_head")?),
+        let (embedding, head) = match config.tie_word_embeddings {
+            true => (table(b, "model.embed_tokens", TableRole::Head)?, None),
+            false => (
+                table(b, "model.embed_tokens", TableRole::Embedding)?,
+                Some(table(b, "lm_head", TableRole::Head)?),
+            ),
         };
         let norm = b.norm(&checkpoint.norm("model.norm").map_err(file)?).map_err(device)?;
         let rope = RopeSpec {

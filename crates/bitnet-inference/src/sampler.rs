@@ -115,6 +115,25 @@ impl Sampler {
         self.seed
     }
 
+    /// How many of the largest logits decide the next token whatever the others are; `None` if all
+    /// matter, because they are reported or because an option may lift one of them.
+    pub fn n_best(&self) -> Option<usize> {
+        const MOST: u32 = 256;
+        let options = &*self.options;
+        let lifted = options.logprobs.is_some()
+            || options.repetition_penalty != 1.0
+            || options.presence_penalty != 0.0
+            || options.frequency_penalty != 0.0
+            || options.dry.is_some()
+            || !options.logit_bias.is_empty();
+        match options.top_k {
+            _ if lifted => None,
+            _ if options.is_greedy() => Some(1),
+            k @ 1..=MOST => Some(k as usize),
+            _ => None,
+        }
+    }
+
     /// How many tokens were accepted since the prompt.
     pub fn n_accepted(&self) -> usize {
         self.history.n_generated()

@@ -235,6 +235,7 @@ impl WorkerThread {
         self.scheduler.drop_abandoned();
         self.scheduler.plan_step(&mut self.batch, &mut self.plan);
         if !self.plan.is_empty() {
+            self.batch.n_best = self.best_wanted();
             self.backend.execute_batch(&self.batch, &mut self.logits)?;
             self.hand_out();
             self.stats.steps.fetch_add(1, Ordering::Relaxed);
@@ -245,6 +246,16 @@ impl WorkerThread {
         }
         self.publish_stats();
         Ok(())
+    }
+
+    /// How many of the largest logits decide every row of the step, if that is all that matters.
+    fn best_wanted(&self) -> Option<usize> {
+        let with_logits = self.plan.iter().filter(|slice| !slice.logit_rows.is_empty());
+        let wanted = with_logits.map(|slice| match &self.scheduler.running[slice.sequence].goal {
+            Goal::Generate(continuation) => continuation.sampler.n_best(),
+            Goal::Logits { .. } | Goal::Score => None,
+        });
+        wanted.reduce(|a, b| Some(a?.max(b?))).flatten()
     }
 
     /// Gives each sequence of the step its results; those that have all they asked for leave.
@@ -308,7 +319,7 @@ impl WorkerThread {
         }
         let slice =
             SequenceSlice { rows: 0..tokens.len(), first_position: 0, blocks: blocks.clone() };
-        let batch = Batch { tokens, sequences: vec![slice], logit_rows: Vec::new() };
+        let batch = Batch { tokens, sequences: vec![slice], logit_rows: Vec::new(), n_best: None };
         let states = self.backend.hidden_states(&batch);
         self.scheduler.pool.release(blocks);
         states.map_err(|e| InferenceError::device("hidden states", e))

@@ -3,27 +3,54 @@
 //! A table keeps the bytes of its source where that has plain numbers, so that one mapped copy
 //! serves as embedding and as head. Knows token ids as row numbers only.
 
+use super::shortlist::{Shortlist, ShortlistScratch};
+use crate::backend::TableRole;
 use crate::error::{Error, Result};
 use crate::kernels::{FloatMatrix, Kernels, WeightMemory};
 use crate::threads::ThreadPool;
 use crate::weights::{FloatRows, NormWeights};
 
+/// Buffers of the head, to be used again.
+#[derive(Debug, Default)]
+pub(crate) struct HeadScratch {
+    normed: Vec<f32>,
+    shortlist: ShortlistScratch,
+}
+
+impl HeadScratch {
+    /// Bytes held.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        4 * self.normed.capacity() as u64 + self.shortlist.memory_bytes()
+    }
+}
+
 /// An embedding table `(vocab, hidden)`, which may serve as output head too.
 pub struct CpuTable {
     matrix: FloatMatrix,
+    shortlist: Option<Shortlist>,
 }
 
 impl CpuTable {
-    /// Takes the source's bytes; a source without plain numbers is decoded to f16.
+    /// Takes the source's bytes; a source without plain numbers is decoded to f16. A large output
+    /// head gets an 8-bit copy that finds its best rows.
     ///
     /// # Errors
     /// As [`FloatMatrix::new`].
     pub fn new(
         source: &dyn FloatRows,
+        role: TableRole,
         pool: &ThreadPool,
         memory: &mut WeightMemory,
     ) -> Result<Self> {
-        Ok(Self { matrix: FloatMatrix::new(source, pool, memory)? })
+        let matrix = FloatMatrix::new(source, pool, memory)?;
+        let shortlist = match role {
+            TableRole::Embedding => None,
+            TableRole::Head => Shortlist::new(&matrix, pool, memory)?,
+        };
+        if shortlist.is_some() {
+            source.release();
+        }
+        Ok(Self { matrix, shortlist })
     }
 
     /// Rows.
@@ -38,7 +65,7 @@ impl CpuTable {
 
     /// Bytes held, mapped ones included.
     pub fn memory_bytes(&self) -> u64 {
-        self.matrix.memory_bytes()
+        self.matrix.memory_bytes() + self.shortlist.as_ref().map_or(0, Shortlist::memory_bytes)
     }
 
     /// `x[i] = table[tokens[i]]`, `x` `(tokens, hidden)`.
@@ -61,24 +88,27 @@ impl CpuTable {
         Ok(())
     }
 
-    /// `out = norm(x[rows]) · tableᵀ`, `(rows, vocab)`; `normed` is a buffer to reuse.
+    /// `out = norm(x[rows]) · tableᵀ`, `(rows, vocab)`. With `n_best`, only so many largest logits of
+    /// each row are sure to be there; others may be −∞.
     ///
     /// # Errors
     /// [`Error::Shape`] if `norm` or a row is not within `x` `(…, hidden)`.
-    pub fn logits(
+    pub(crate) fn logits(
         &self,
         pool: &ThreadPool,
         kernels: &Kernels,
         x: &[f32],
         rows: &[usize],
         norm: &NormWeights,
-        normed: &mut Vec<f32>,
+        n_best: Option<usize>,
+        scratch: &mut HeadScratch,
         out: &mut Vec<f32>,
     ) -> Result<()> {
         let hidden = self.hidden();
         if norm.weight.len() != hidden {
             return Err(Error::shape("norm before the head", hidden, norm.weight.len()));
         }
+        let HeadScratch { normed, shortlist } = scratch;
         normed.resize(rows.len() * hidden, 0.0);
         for (&row, normed) in rows.iter().zip(normed.chunks_exact_mut(hidden)) {
             match row.checked_mul(hidden).and_then(|at| x.get(at..)?.get(..hidden)) {
@@ -94,7 +124,12 @@ impl CpuTable {
             |_| Error::OutOfMemory { what: "logits".into(), bytes: (len as u64).saturating_mul(4) };
         out.try_reserve(len.saturating_sub(out.len())).map_err(out_of_memory)?;
         out.resize(len, 0.0);
-        self.matrix.project(pool, kernels, normed, rows.len(), out);
+        match (&self.shortlist, n_best) {
+            (Some(list), Some(n)) => {
+                list.logits(&self.matrix, pool, kernels, normed, n, shortlist, out);
+            }
+            _ => self.matrix.project(pool, kernels, normed, rows.len(), out),
+        }
         Ok(())
     }
 }

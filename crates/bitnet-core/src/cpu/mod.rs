@@ -13,6 +13,7 @@ mod kv;
 pub mod linear;
 pub mod math;
 mod rope;
+mod shortlist;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,7 @@ pub use kv::{CpuKv, MAX_HEAD_DIM, TILE_TOKENS};
 pub use rope::CpuRope;
 
 use crate::backend::{
-    Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, SequenceSlice,
+    Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, SequenceSlice, TableRole,
 };
 use crate::error::{Error, Result};
 use crate::kernels::{Kernels, WeightMemory};
@@ -31,6 +32,7 @@ use crate::threads::{ThreadPool, default_threads};
 use crate::weights::{FloatRows, LinearWeights, NormWeights};
 use attention::AttentionScratch;
 use buffer::Counter;
+use head::HeadScratch;
 use linear::CpuLinear;
 use rope::StepAngles;
 use std::sync::Arc;
@@ -52,7 +54,8 @@ pub struct CpuBackend {
     /// Buffers of the operations.
     projection: linear::Scratch,
     attention: AttentionScratch,
-    normed: Vec<f32>,
+    n_best: Option<usize>,
+    head: HeadScratch,
 }
 
 impl CpuBackend {
@@ -80,7 +83,8 @@ impl CpuBackend {
             angles: StepAngles::default(),
             projection: linear::Scratch::new(),
             attention: AttentionScratch::default(),
-            normed: Vec::new(),
+            n_best: None,
+            head: HeadScratch::default(),
         })
     }
 
@@ -155,7 +159,7 @@ impl Backend for CpuBackend {
         let scratch = self.projection.memory_bytes()
             + self.attention.memory_bytes()
             + self.angles.memory_bytes()
-            + 4 * self.normed.capacity() as u64;
+            + self.head.memory_bytes();
         MemoryUsage {
             weights: self.weights.bytes(),
             kv_cache: self.kv_cache.bytes(),
@@ -173,8 +177,8 @@ impl Backend for CpuBackend {
         Ok(weights.clone())
     }
 
-    fn table(&mut self, weights: Arc<dyn FloatRows>) -> Result<Self::Table> {
-        let table = CpuTable::new(&*weights, &self.pool, &mut self.weight_memory)?;
+    fn table(&mut self, weights: Arc<dyn FloatRows>, role: TableRole) -> Result<Self::Table> {
+        let table = CpuTable::new(&*weights, role, &self.pool, &mut self.weight_memory)?;
         let bytes = table.memory_bytes();
         Ok(self.weights.hold(table, bytes))
     }
@@ -197,6 +201,7 @@ impl Backend for CpuBackend {
         check_batch(batch)?;
         self.tokens.clone_from(&batch.tokens);
         self.logit_rows.clone_from(&batch.logit_rows);
+        self.n_best = batch.n_best;
         copy_sequences(&batch.sequences, &mut self.sequences);
         self.angles.start_step();
         Ok(())
@@ -323,8 +328,9 @@ impl Backend for CpuBackend {
         head: &Self::Table,
         out: &mut Vec<f32>,
     ) -> Result<()> {
-        let (x, normed) = (x.rows(self.rows())?, &mut self.normed);
-        head.logits(&self.pool, self.kernels, x, &self.logit_rows, norm, normed, out)
+        let (x, scratch) = (x.rows(self.rows())?, &mut self.head);
+        let (rows, n_best) = (&self.logit_rows, self.n_best);
+        head.logits(&self.pool, self.kernels, x, rows, norm, n_best, scratch, out)
     }
 
     fn read(

@@ -78,6 +78,11 @@ impl Tiles<'_> {
     }
 }
 
+/// Columns in a step of [`Kernels::byte_products`].
+pub(crate) const BYTE_STEP_COLS: usize = STEP_BYTES / TILE_ROWS;
+/// Most columns of [`Kernels::byte_products`]: `255 · 128 · cols < 2³¹`.
+pub(crate) const MAX_BYTE_COLS: usize = 65_536;
+
 type ProductsFn = unsafe fn(&Tiles<'_>, &TokenCodes<'_>, &mut [i32]);
 type RescaleFn = unsafe fn(&Rescale<'_>, &mut [f32]);
 type QuantizeFn = unsafe fn(&[f32], usize, usize, &mut [i8], &mut [f32], &mut [i32]);
@@ -85,6 +90,7 @@ type NormFn = unsafe fn(&[f32], &NormWeights, &mut [f32]);
 type GateFn = unsafe fn(Activation, &mut [f32], &[f32]);
 type PackTileFn = unsafe fn(&[u8], &mut [u8]);
 type MacLoopFn = unsafe fn(u64) -> u64;
+type BytesFn = unsafe fn(&[u8], &[i8], usize, &mut [i32]);
 type FloatFn = unsafe fn(&FloatTile<'_>, &[f32], usize, &mut [f32]);
 
 /// A set of kernels for one instruction set, available on this CPU.
@@ -98,6 +104,7 @@ pub struct Kernels {
     gate: GateFn,
     pack_tile: PackTileFn,
     float_products: FloatFn,
+    byte_products: BytesFn,
     attention: &'static AttentionKernels,
     mac_loop: MacLoopFn,
 }
@@ -129,6 +136,7 @@ static SCALAR: Kernels = Kernels {
     gate: scalar::gate,
     pack_tile: scalar::pack_tile,
     float_products: scalar::float_products,
+    byte_products: scalar::byte_products,
     attention: &attend::PORTABLE,
     mac_loop: scalar::mac_loop,
 };
@@ -279,6 +287,21 @@ impl Kernels {
         assert_eq!(out.len(), n_tokens * TILE_ROWS);
         // SAFETY: the CPU has the features, as `available` saw to; lengths checked above.
         unsafe { (self.float_products)(tile, x, n_tokens, out) }
+    }
+
+    /// Products of 16 rows of unsigned bytes with `n_tokens` tokens of 8-bit integers:
+    /// `sums[token · 16 + row]`. A step of the tile is 64 bytes: four columns of each row. Tokens
+    /// are `stride` apart. Exact.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub(crate) fn byte_products(&self, tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
+        let cols = tile.len() / STEP_BYTES * BYTE_STEP_COLS;
+        assert!(tile.len().is_multiple_of(STEP_BYTES) && cols <= stride && cols <= MAX_BYTE_COLS);
+        assert!(sums.len().is_multiple_of(TILE_ROWS));
+        assert!(x.len() >= sums.len() / TILE_ROWS * stride);
+        // SAFETY: the CPU has the features, as `available` saw to; lengths checked above.
+        unsafe { (self.byte_products)(tile, x, stride, sums) }
     }
 
     /// Attention of a few queries over one head of a cache; the result is left in `scratch`.

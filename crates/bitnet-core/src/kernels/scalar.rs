@@ -212,6 +212,20 @@ fn float_rows<N: Number>(tile: &FloatTile<'_>, x: &[f32], n_tokens: usize, out: 
     }
 }
 
+/// [`Kernels::byte_products`](crate::kernels::Kernels::byte_products).
+pub(super) fn byte_products(tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
+    for (x, sums) in x.chunks(stride).zip(sums.as_chunks_mut::<TILE_ROWS>().0) {
+        sums.fill(0);
+        for (step, x) in tile.as_chunks::<STEP_BYTES>().0.iter().zip(x.as_chunks::<4>().0) {
+            for (sum, codes) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
+                for (&code, &x) in codes.iter().zip(x) {
+                    *sum += i32::from(code) * i32::from(x);
+                }
+            }
+        }
+    }
+}
+
 /// Multiply-accumulates as fast as plain code does them: one step of a tile after the other, from
 /// the first-level cache.
 pub(super) fn mac_loop(rounds: u64) -> u64 {

@@ -2,7 +2,7 @@
 
 use super::inputs::{Floats, Random, norm_reference};
 use super::{ROUNDING, assert_close, download};
-use crate::backend::{Backend, Batch, KvSpec, KvType, RopeSpec, SequenceSlice};
+use crate::backend::{Backend, Batch, KvSpec, KvType, RopeSpec, SequenceSlice, TableRole};
 use crate::weights::{FloatType, NormWeights};
 use std::ops::Range;
 use std::sync::Arc;
@@ -140,7 +140,7 @@ impl Case {
         let inputs = [(&self.q, q_width), (&self.k, kv_width), (&self.v, kv_width)];
         let tables = inputs.map(|(x, width)| {
             let source = Floats::new(total, width, x.clone(), Some(FloatType::F32));
-            backend.table(Arc::new(source)).expect("a table")
+            backend.table(Arc::new(source), TableRole::Head).expect("a table")
         });
         let mut buffers =
             inputs.map(|(_, width)| backend.buffer(max_rows, width).expect("a buffer"));
@@ -366,7 +366,7 @@ pub(super) fn memory_is_accounted_for<B: Backend>(make: &impl Fn() -> B) {
     assert!(during.kv_cache >= before.kv_cache + (spec.block_bytes() * spec.n_blocks) as u64);
     drop(kv);
     let source = Floats::new(100, 64, vec![1.0; 6400], Some(FloatType::F32));
-    let table = backend.table(Arc::new(source)).expect("a table");
+    let table = backend.table(Arc::new(source), TableRole::Head).expect("a table");
     let buffer = backend.buffer(10, 64).expect("a buffer");
     let during = backend.memory();
     assert_eq!(during.kv_cache, before.kv_cache, "a dropped cache is not counted");

@@ -10,7 +10,7 @@ mod inputs;
 mod projections;
 mod tables;
 
-use crate::backend::{Backend, Batch, SequenceSlice};
+use crate::backend::{Backend, Batch, SequenceSlice, TableRole};
 use crate::weights::FloatType;
 use inputs::Floats;
 use std::sync::Arc;
@@ -49,6 +49,7 @@ fn rows_batch(rows: usize) -> Batch {
             })
             .collect(),
         logit_rows: (0..rows).collect(),
+        n_best: None,
     }
 }
 
@@ -57,7 +58,7 @@ fn rows_batch(rows: usize) -> Batch {
 fn upload<B: Backend>(backend: &mut B, x: &[f32], width: usize) -> B::Buffer {
     let rows = x.len() / width;
     let source = Floats::new(rows, width, x.to_vec(), Some(FloatType::F32));
-    let table = backend.table(Arc::new(source)).expect("a table of f32 rows");
+    let table = backend.table(Arc::new(source), TableRole::Head).expect("a table of f32 rows");
     let mut buffer = backend.buffer(rows, width).expect("a small buffer");
     backend.embed(&table, &mut buffer).expect("tokens are rows of the table");
     buffer

@@ -2,7 +2,7 @@
 
 use super::inputs::{Floats, Random, norm_reference};
 use super::{ROUNDING, assert_close, download, rows_batch, upload};
-use crate::backend::{Backend, Batch, SequenceSlice};
+use crate::backend::{Backend, Batch, SequenceSlice, TableRole};
 use crate::weights::FloatType;
 use std::sync::Arc;
 
@@ -15,11 +15,11 @@ pub(super) fn embedding_copies_rows<B: Backend>(make: &impl Fn() -> B, record: &
         for dtype in FORMATS {
             let mut backend = make();
             let source = Arc::new(Floats::new(vocab, hidden, random.floats(vocab * hidden), dtype));
-            let table = backend.table(source.clone()).expect("a table");
+            let table = backend.table(source.clone(), TableRole::Head).expect("a table");
             let mut x = backend.buffer(4, hidden).expect("a buffer");
             let tokens = vec![vocab as u32 - 1, 0, 0, vocab as u32 / 2];
             let slice = SequenceSlice { rows: 0..4, first_position: 0, blocks: vec![0] };
-            let batch = Batch { tokens, sequences: vec![slice], logit_rows: vec![] };
+            let batch = Batch { tokens, sequences: vec![slice], logit_rows: vec![], n_best: None };
             backend.begin(&batch).expect("a step");
             backend.embed(&table, &mut x).expect("tokens of the table");
             let got = download(&mut backend, &x);
@@ -38,7 +38,7 @@ pub(super) fn logits_are_dot_products<B: Backend>(make: &impl Fn() -> B, record:
         for dtype in FORMATS {
             let mut backend = make();
             let source = Arc::new(Floats::new(vocab, hidden, random.floats(vocab * hidden), dtype));
-            let head = backend.table(source.clone()).expect("a table");
+            let head = backend.table(source.clone(), TableRole::Head).expect("a table");
             let weights = random.norm(hidden);
             let norm = backend.norm(&weights).expect("a norm");
             let mut batch = rows_batch(rows);

@@ -24,6 +24,7 @@ pub(in crate::kernels) static DOTPROD: Kernels = Kernels {
     gate,
     pack_tile,
     float_products,
+    byte_products: crate::kernels::scalar::byte_products,
     attention: &attend::PORTABLE,
     mac_loop,
 };

@@ -21,6 +21,7 @@ pub(in crate::kernels) static AVX2: Kernels = Kernels {
     gate,
     pack_tile,
     float_products,
+    byte_products: super::bytes::avx2,
     attention: &attend::AVX2,
     mac_loop,
 };

@@ -31,6 +31,7 @@ pub(in crate::kernels) static AVX512VNNI: Kernels = Kernels {
     gate,
     pack_tile,
     float_products,
+    byte_products: super::bytes::avx512vnni,
     attention: &attend::AVX512VNNI,
     mac_loop,
 };

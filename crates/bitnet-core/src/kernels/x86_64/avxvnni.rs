@@ -23,6 +23,7 @@ pub(in crate::kernels) static AVXVNNI: Kernels = Kernels {
     gate,
     pack_tile,
     float_products,
+    byte_products: super::bytes::avxvnni,
     attention: &attend::AVX2,
     mac_loop,
 };

@@ -3,6 +3,7 @@
 mod avx2;
 mod avx512vnni;
 mod avxvnni;
+mod bytes;
 
 pub(super) use avx2::AVX2;
 pub(super) use avx512vnni::AVX512VNNI;
