@@ -347,3 +347,26 @@ fn ternary_weights_trained_with_float_activations_stay_so() {
     assert!(report.notes[0].contains("float activations"), "{:?}", report.notes);
     assert_eq!(trits(&Checkpoint::open(&out).unwrap(), path).2, ActivationQuant::PerToken);
 }
+
+#[test]
+#[ignore = "needs Python with the packages gguf, safetensors, tokenizers and numpy"]
+fn the_python_packages_read_what_we_write() {
+    let python = std::env::var("BITNET_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/check_conversions.py");
+    let folder = tempfile::tempdir().unwrap();
+    let source = golden("gguf-bitnet-silu/model-tq2_0.gguf");
+    for name in ["hf", "hf-divide", "tq1_0", "tq2_0"] {
+        run(&source, target(name), &place(&folder, name, target(name))).unwrap();
+    }
+    let gguf = folder.path().join("text.gguf");
+    run(&golden("bitnet-tiny/packed_divide"), target("i2_s"), &gguf).unwrap();
+    run(&Checkpoint::open(&gguf).unwrap(), target("hf"), &folder.path().join("text")).unwrap();
+    let output = std::process::Command::new(python)
+        .arg(script)
+        .arg(folder.path())
+        .arg(golden_path("bitnet-tiny/text.json"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+}
