@@ -1,5 +1,7 @@
 //! Settings one by one: the builder of an engine.
 
+use std::path::PathBuf;
+
 use bitnet_core::backend::KvType;
 
 use crate::config::{EngineConfig, MemorySize, OptimizationLevel};
@@ -76,6 +78,13 @@ impl InferenceEngineBuilder {
     setting! {
         /// Bytes of weights kept loaded.
         max_cached_bytes: MemorySize
+    }
+
+    /// A smaller model with the same vocabulary that guesses ahead; the model verifies its guesses,
+    /// so the tokens stay the same.
+    pub fn draft_model(mut self, path: impl Into<PathBuf>) -> Self {
+        self.config.draft_model = Some(path.into());
+        self
     }
 
     /// Asks for a GPU (`true`) or forbids it (`false`). Absent, the CPU serves and

@@ -1,5 +1,7 @@
 //! How an engine is set up: every setting, its range, and the profiles that choose them.
 
+use std::path::PathBuf;
+
 use bitnet_core::backend::{KvSpec, KvType};
 use bitnet_quant::config::ModelConfig;
 
@@ -76,6 +78,8 @@ pub struct EngineConfig {
     pub context_length: Option<usize>,
     /// Requests that may wait for a model; one more is refused.
     pub max_waiting: usize,
+    /// A smaller model with the same vocabulary, whose guesses the model verifies.
+    pub draft_model: Option<PathBuf>,
     /// Models kept loaded.
     pub max_cached_models: usize,
     /// Bytes of weights kept loaded. The model in use is always kept.
@@ -105,6 +109,7 @@ impl EngineConfig {
             memory_pool_size: MemorySize::GB(2),
             context_length: None,
             max_waiting: 512,
+            draft_model: None,
             max_cached_models: 4,
             max_cached_bytes: MemorySize::GB(8),
         }
@@ -172,6 +177,16 @@ impl EngineConfig {
             max_logit_rows: (LOGIT_BYTES / (4 * vocab_size)).max(1),
             speculate: self.optimization_level == OptimizationLevel::Aggressive,
             max_positions,
+        }
+    }
+
+    /// The cache of a draft model beside a model's: the same blocks, with its own shape.
+    pub(crate) fn draft_kv(&self, draft: &ModelConfig, beside: KvSpec) -> KvSpec {
+        KvSpec {
+            n_layers: draft.num_hidden_layers,
+            n_kv_heads: draft.num_key_value_heads,
+            head_dim: draft.head_dim,
+            ..beside
         }
     }
 

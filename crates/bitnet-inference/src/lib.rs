@@ -28,6 +28,7 @@ pub mod config;
 pub mod decoder;
 pub mod detokenizer;
 pub mod device;
+mod draft;
 pub mod engine;
 pub mod error;
 pub mod input;

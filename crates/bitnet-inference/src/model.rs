@@ -11,6 +11,7 @@ use bitnet_quant::config::ModelConfig;
 use crate::builtin::{self, BUILTIN_MODEL};
 use crate::config::EngineConfig;
 use crate::device;
+use crate::draft::Draft;
 use crate::error::{InferenceError, Result};
 use crate::tokenizer::Tokenizer;
 use crate::worker::{Worker, WorkerLimits};
@@ -56,11 +57,7 @@ impl Model {
     ) -> Result<Self> {
         let started = Instant::now();
         let id = path.display().to_string();
-        let checkpoint = match path == Path::new(BUILTIN_MODEL) && !path.exists() {
-            true => builtin::checkpoint(),
-            false => Checkpoint::open(path),
-        };
-        let checkpoint = checkpoint.map_err(|e| InferenceError::file(&id, e))?;
+        let checkpoint = open(path)?;
         Self::from_checkpoint(id, &checkpoint, config, started, progress)
     }
 
@@ -81,6 +78,10 @@ impl Model {
         };
         let (max_positions, kv_spec) = config.kv_cache(&model_config)?;
         let backend = device::load(config, checkpoint, kv_spec, max_positions, progress)?;
+        let draft = match &config.draft_model {
+            Some(path) => Some(load_draft(path, config, &model_config, kv_spec, max_positions)?),
+            None => None,
+        };
         let limits = WorkerLimits {
             step: config.step_limits(model_config.vocab_size, max_positions),
             max_waiting: config.max_waiting,
@@ -92,7 +93,7 @@ impl Model {
             total_weights: checkpoint.total_weight_count(),
             tokenizer,
             load_time: started.elapsed(),
-            worker: Worker::spawn(backend, limits)?,
+            worker: Worker::spawn(backend, draft, limits)?,
             config: model_config,
         })))
     }
@@ -183,6 +184,36 @@ impl Model {
     pub(crate) fn worker(&self) -> &Worker {
         &self.0.worker
     }
+}
+
+/// Opens a file, a folder, or the built-in model.
+fn open(path: &Path) -> Result<Checkpoint> {
+    let checkpoint = match path == Path::new(BUILTIN_MODEL) && !path.exists() {
+        true => builtin::checkpoint(),
+        false => Checkpoint::open(path),
+    };
+    checkpoint.map_err(|e| InferenceError::file(path.display().to_string(), e))
+}
+
+/// Brings a draft model onto the device, with a cache of the same blocks as the model's.
+fn load_draft(
+    path: &Path,
+    config: &EngineConfig,
+    model: &ModelConfig,
+    beside: KvSpec,
+    max_positions: usize,
+) -> Result<Draft> {
+    let checkpoint = open(path)?;
+    let draft = checkpoint.config();
+    if draft.vocab_size != model.vocab_size {
+        let expected = format!("a model with a vocabulary of {}", model.vocab_size);
+        let got = format!("{} with {}", path.display(), draft.vocab_size);
+        return Err(InferenceError::input("draft_model", expected, got));
+    }
+    let kv_spec = config.draft_kv(draft, beside);
+    let backend = device::load(config, &checkpoint, kv_spec, max_positions, &mut |_, _| {})?;
+    let max_tokens = config.step_limits(draft.vocab_size, max_positions).max_tokens;
+    Ok(Draft::new(backend, draft.vocab_size, max_tokens))
 }
 
 impl std::fmt::Debug for Model {

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use bitnet_core::backend::Batch;
 
+use crate::draft::Draft;
 use crate::kv_blocks::BlockPool;
 use crate::request::FinishReason;
 use crate::sequence::Sequence;
@@ -107,7 +108,12 @@ impl Scheduler {
     }
 
     /// Fills `batch` with the next step and `plan` with who does what in it.
-    pub(crate) fn plan_step(&mut self, batch: &mut Batch, plan: &mut Vec<PlannedSlice>) {
+    pub(crate) fn plan_step(
+        &mut self,
+        batch: &mut Batch,
+        plan: &mut Vec<PlannedSlice>,
+        draft: Option<&mut Draft>,
+    ) -> bitnet_core::Result<()> {
         batch.tokens.clear();
         batch.sequences.clear();
         batch.logit_rows.clear();
@@ -117,7 +123,7 @@ impl Scheduler {
         // Those that decode come first: each of them needs one row.
         let mut budget = self.limits.max_tokens;
         let mut logit_budget = self.limits.max_logit_rows.max(self.limits.max_sequences);
-        self.make_guesses();
+        self.make_guesses(draft)?;
         let mut sequence = 0;
         while sequence < self.running.len() {
             if self.running[sequence].n_pending() == 1
@@ -149,20 +155,32 @@ impl Scheduler {
             }
             sequence += 1;
         }
+        Ok(())
     }
 
     /// Lets decoding sequences guess ahead, while a step has room to verify guesses.
-    fn make_guesses(&mut self) {
+    fn make_guesses(&mut self, mut draft: Option<&mut Draft>) -> bitnet_core::Result<()> {
         let decoding = |s: &Sequence| s.n_pending() == 1;
         let n_decoding = self.running.iter().filter(|s| decoding(s)).count();
         let room = self.limits.max_tokens.saturating_sub(n_decoding).min(MAX_VERIFIED);
-        let share = room / n_decoding.max(1);
+        let share = match n_decoding {
+            1..=MAX_SPECULATING => room / n_decoding,
+            _ => 0,
+        };
         for sequence in &mut self.running {
-            let speculates =
-                self.limits.speculate && decoding(sequence) && n_decoding <= MAX_SPECULATING;
-            let room = self.limits.max_positions.saturating_sub(sequence.tokens.len() + 1);
-            sequence.make_guess(if speculates { share.min(room) } else { 0 });
+            sequence.guess.clear();
+            let positions = self.limits.max_positions.saturating_sub(sequence.tokens.len() + 1);
+            let max = share.min(positions).min(sequence.n_guessable());
+            match &mut draft {
+                _ if !decoding(sequence) => {}
+                Some(draft) => draft.guess(sequence, max, &mut self.pool)?,
+                None if self.limits.speculate => {
+                    sequence.guess = sequence.lookup.guess(&sequence.tokens, max);
+                }
+                None => {}
+            }
         }
+        Ok(())
     }
 
     /// Moves waiting sequences into the running set while there is room.

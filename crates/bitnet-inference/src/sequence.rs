@@ -21,6 +21,8 @@ pub(crate) struct Sequence {
     /// Guesses of what follows `tokens`, verified by the next step.
     pub(crate) guess: Vec<u32>,
     pub(crate) lookup: PromptLookup,
+    /// Positions at the front that the draft model has computed.
+    pub(crate) n_drafted: usize,
     pub(crate) priority: i32,
     /// Order of arrival; ties in priority go to the earlier one.
     pub(crate) ticket: u64,
@@ -52,6 +54,7 @@ impl Sequence {
             goal: request.goal,
             guess: Vec::new(),
             lookup: PromptLookup::default(),
+            n_drafted: 0,
             priority: request.priority,
             ticket,
             prefix: Prefix::Start(request.cache_salt.clone()),
@@ -116,17 +119,27 @@ impl Sequence {
 
     /// The slice of the next step: from the first uncomputed token on, at these rows of the batch.
     pub(crate) fn slice(&self, rows: Range<usize>, block_tokens: usize) -> SequenceSlice {
-        let n_blocks = (self.n_computed + rows.len()).div_ceil(block_tokens);
-        let blocks = self.blocks[..n_blocks].to_vec();
-        SequenceSlice { rows, first_position: self.n_computed, blocks }
+        self.slice_at(self.n_computed, rows, block_tokens)
     }
 
-    /// Guesses what follows, if this sequence generates; at most `max` tokens.
-    pub(crate) fn make_guess(&mut self, max: usize) {
-        self.guess.clear();
-        if let Goal::Generate(continuation) = &self.goal {
-            let n_wanted = continuation.max_tokens.saturating_sub(self.n_generated() + 1);
-            self.guess = self.lookup.guess(&self.tokens, max.min(n_wanted));
+    /// A slice from any position on whose blocks are reserved.
+    pub(crate) fn slice_at(
+        &self,
+        first_position: usize,
+        rows: Range<usize>,
+        block_tokens: usize,
+    ) -> SequenceSlice {
+        let n_blocks = (first_position + rows.len()).div_ceil(block_tokens);
+        SequenceSlice { rows, first_position, blocks: self.blocks[..n_blocks].to_vec() }
+    }
+
+    /// How many tokens after the next one this sequence may still want.
+    pub(crate) fn n_guessable(&self) -> usize {
+        match &self.goal {
+            Goal::Generate(continuation) => {
+                continuation.max_tokens.saturating_sub(self.n_generated() + 1)
+            }
+            Goal::Logits { .. } | Goal::Score => 0,
         }
     }
 
@@ -148,6 +161,7 @@ impl Sequence {
     pub(crate) fn yield_memory(&mut self, pool: &mut BlockPool) {
         pool.release(std::mem::take(&mut self.blocks));
         self.n_computed = 0;
+        self.n_drafted = 0;
         self.n_published = 0;
         self.prefix = Prefix::Start(self.cache_salt.clone());
     }

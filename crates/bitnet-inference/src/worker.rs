@@ -14,6 +14,7 @@ use bitnet_core::backend::{Batch, DeviceInfo, KvSpec, MemoryUsage, SequenceSlice
 use futures_channel::{mpsc as events, oneshot};
 
 use crate::backend::InferenceBackend;
+use crate::draft::Draft;
 use crate::error::{InferenceError, Result};
 use crate::kv_blocks::BlockPool;
 use crate::request::{Event, EventSender, FinishReason, GeneratedToken, Goal, Request};
@@ -65,6 +66,7 @@ impl Worker {
     /// Starts the thread that owns `backend`.
     pub(crate) fn spawn(
         backend: Box<dyn InferenceBackend>,
+        draft: Option<Draft>,
         mut limits: WorkerLimits,
     ) -> Result<Self> {
         let kv_spec = backend.kv_spec();
@@ -75,6 +77,7 @@ impl Worker {
         let pool = BlockPool::new(kv_spec.n_blocks, kv_spec.block_tokens);
         let mut state = WorkerThread {
             backend,
+            draft,
             scheduler: Scheduler::new(pool, limits.step),
             limits,
             stats: stats.clone(),
@@ -170,6 +173,7 @@ impl Drop for Worker {
 /// What the thread owns.
 struct WorkerThread {
     backend: Box<dyn InferenceBackend>,
+    draft: Option<Draft>,
     scheduler: Scheduler,
     limits: WorkerLimits,
     stats: Arc<WorkerStats>,
@@ -233,7 +237,7 @@ impl WorkerThread {
     /// One step: schedule → forward → hand out → advance.
     fn step(&mut self) -> bitnet_core::Result<()> {
         self.scheduler.drop_abandoned();
-        self.scheduler.plan_step(&mut self.batch, &mut self.plan);
+        self.scheduler.plan_step(&mut self.batch, &mut self.plan, self.draft.as_mut())?;
         if !self.plan.is_empty() {
             self.batch.n_best = self.best_wanted();
             self.backend.execute_batch(&self.batch, &mut self.logits)?;
@@ -275,6 +279,8 @@ impl WorkerThread {
                     let (n_right, end) =
                         next_tokens(sequence, rows, &guess, vocab_size, self.limits.max_positions);
                     sequence.advance(n_right, &mut self.scheduler.pool);
+                    // What the draft model computed after a wrong guess is of no use.
+                    sequence.n_drafted = sequence.n_drafted.min(sequence.n_computed);
                     if !guess.is_empty() {
                         sequence.lookup.learn(n_right, guess.len());
                     }

@@ -234,3 +234,22 @@ fn a_full_context_ends_the_answer() {
     let answer = engine.generate_blocking(&model, vec![5; 30], &options).unwrap();
     assert_eq!((answer.finish_reason, answer.tokens.len()), (FinishReason::Length, 10));
 }
+
+#[test]
+fn a_draft_model_changes_nothing_but_the_number_of_steps() {
+    // The model drafts for itself: every guess is right, greedy or not it would be verified.
+    let drafted = InferenceEngine::builder().draft_model("builtin").build_blocking().unwrap();
+    let (fast, plain) = (builtin(&drafted), builtin(&engine()));
+    for options in [GenerationOptions::greedy(), GenerationOptions::default().seed(5)] {
+        let options = options.max_tokens(60).ignore_eos(true);
+        let guessed = drafted.generate_blocking(&fast, "The old house", &options).unwrap();
+        let expected = engine().generate_blocking(&plain, "The old house", &options).unwrap();
+        assert_eq!(guessed.tokens, expected.tokens);
+    }
+    assert!(fast.stats().steps * 2 < plain.stats().steps, "{:?} {:?}", fast.stats(), plain.stats());
+
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/goldens/bitnet-tiny/online");
+    let other = InferenceEngine::builder().draft_model(folder).build_blocking().unwrap();
+    let error = other.load_model_blocking("builtin").unwrap_err();
+    assert!(error.to_string().contains("vocabulary of 4096"), "{error}");
+}
