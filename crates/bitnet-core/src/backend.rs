@@ -165,6 +165,12 @@ pub trait Backend: Send + Sync + 'static {
     fn norm(&mut self, weights: &NormWeights) -> Result<Self::Norm>;
     /// Takes an embedding table or output head `(vocab, hidden)` over.
     fn table(&mut self, weights: Arc<dyn FloatRows>, role: TableRole) -> Result<Self::Table>;
+    /// Bytes of a table that computing logits reads, at least: all of it, or, with `n_best`, what
+    /// finds so many largest ones. For reports; zero if not known.
+    fn table_bytes(&self, table: &Self::Table, n_best: Option<usize>) -> u64 {
+        let _ = (table, n_best);
+        0
+    }
     /// Prepares rotations.
     fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope>;
     /// Activations for steps of up to `max_tokens` tokens.

@@ -5,6 +5,15 @@
 
 use bitnet_core::backend::{Batch, DeviceInfo, KvSpec, MemoryUsage};
 
+/// What a step reads and computes, so that its time can be held against the machine's limits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepCost {
+    /// Bytes of the layers' weights as they lie on the device; every step reads them once.
+    pub layer_bytes: u64,
+    /// 8-bit multiply-accumulates in ternary projections, for each token of a step.
+    pub ternary_macs: u64,
+}
+
 /// A model on a device.
 ///
 /// A row's logits are a function of its own sequence alone: whatever else is in the batch, they are
@@ -22,6 +31,18 @@ pub trait InferenceBackend: Send + Sync {
 
     /// Shape of the paged KV cache.
     fn kv_spec(&self) -> KvSpec;
+
+    /// What a step reads and computes besides the KV cache and the head; zeros if not known.
+    fn step_cost(&self) -> StepCost {
+        StepCost::default()
+    }
+
+    /// Bytes of the output head that a step with logits reads, at least; see [`Batch::n_best`].
+    /// Zero if not known.
+    fn head_bytes(&self, n_best: Option<usize>) -> u64 {
+        let _ = n_best;
+        0
+    }
 
     /// The device it runs on.
     fn device(&self) -> DeviceInfo;

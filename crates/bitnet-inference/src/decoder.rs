@@ -8,11 +8,12 @@
 use bitnet_core::backend::{
     Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, TableRole,
 };
-use bitnet_quant::checkpoint::Checkpoint;
+use bitnet_core::weights::{LinearWeights, Matrix};
 use bitnet_quant::config::{HiddenAct, ModelConfig};
 
-use crate::backend::InferenceBackend;
+use crate::backend::{InferenceBackend, StepCost};
 use crate::error::{InferenceError, Result};
+use crate::source::WeightSource;
 
 /// A decoder on a device, with its KV cache and the activations of one step.
 pub struct Decoder<B: Backend> {
@@ -26,6 +27,7 @@ pub struct Decoder<B: Backend> {
     kv: B::Kv,
     kv_spec: KvSpec,
     step: StepBuffers<B>,
+    cost: StepCost,
 }
 
 /// One transformer block.
@@ -55,26 +57,28 @@ struct StepBuffers<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Brings a checkpoint onto the device; `progress` is called with (layers done, layers).
+    /// Brings a model onto the device; `progress` is called with (layers done, layers).
     pub fn load(
         mut backend: B,
-        checkpoint: &Checkpoint,
+        source: &dyn WeightSource,
         kv_spec: KvSpec,
         max_positions: usize,
         max_step_tokens: usize,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
-        let config = checkpoint.config();
+        let config = source.config();
         let name = config.name.clone();
-        let file = |source| InferenceError::file(&name, source);
-        let device = |source| InferenceError::device(&name, source);
+        let device = |e| InferenceError::device(&name, e);
 
         let b = &mut backend;
+        let mut cost = StepCost::default();
+        let bytes_before = b.memory().weights;
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for layer_idx in 0..config.num_hidden_layers {
             let path = format!("model.layers.{layer_idx}");
             let mut linear = |part: &str| -> Result<B::Linear> {
-                let weights = checkpoint.linear(&format!("{path}.{part}")).map_err(file)?;
+                let weights = source.linear(&format!("{path}.{part}"))?;
+                cost.ternary_macs += ternary_weights(&weights);
                 b.linear(&weights).map_err(device)
             };
             let (q_proj, k_proj, v_proj) = (
@@ -86,7 +90,7 @@ impl<B: Backend> Decoder<B> {
             let (gate_proj, up_proj) = (linear("mlp.gate_proj")?, linear("mlp.up_proj")?);
             let down_proj = linear("mlp.down_proj")?;
             let mut norm = |part: &str| -> Result<B::Norm> {
-                let weights = checkpoint.norm(&format!("{path}.{part}")).map_err(file)?;
+                let weights = source.norm(&format!("{path}.{part}"))?;
                 b.norm(&weights).map_err(device)
             };
             layers.push(Layer {
@@ -114,9 +118,10 @@ impl<B: Backend> Decoder<B> {
             });
             progress(layer_idx + 1, config.num_hidden_layers);
         }
+        cost.layer_bytes = b.memory().weights - bytes_before;
 
-        let table = |b: &mut B, name: &str, role: TableRole| -> Result<B::Table> {
-            b.table(checkpoint.table(name).map_err(file)?, role).map_err(device)
+        let table = |b: &mut B, name: &str, role: TableRole| {
+            b.table(source.table(name)?, role).map_err(device)
         };
         let (embedding, head) = match config.tie_word_embeddings {
             true => (table(b, "model.embed_tokens", TableRole::Head)?, None),
@@ -125,7 +130,7 @@ impl<B: Backend> Decoder<B> {
                 Some(table(b, "lm_head", TableRole::Head)?),
             ),
         };
-        let norm = b.norm(&checkpoint.norm("model.norm").map_err(file)?).map_err(device)?;
+        let norm = b.norm(&source.norm("model.norm")?).map_err(device)?;
         let rope = RopeSpec {
             inv_freq: config.rope_frequencies(),
             max_positions,
@@ -138,7 +143,19 @@ impl<B: Backend> Decoder<B> {
             HiddenAct::Relu2 => Activation::Relu2,
             HiddenAct::Silu => Activation::Silu,
         };
-        Ok(Self { backend, activation, embedding, layers, norm, head, rope, kv, kv_spec, step })
+        Ok(Self {
+            backend,
+            activation,
+            embedding,
+            layers,
+            norm,
+            head,
+            rope,
+            kv,
+            kv_spec,
+            step,
+            cost,
+        })
     }
 
     /// One step up to the last residual stream. `observe` sees it after the embedding (0) and after
@@ -214,11 +231,27 @@ impl<B: Backend> InferenceBackend for Decoder<B> {
         self.kv_spec
     }
 
+    fn step_cost(&self) -> StepCost {
+        self.cost
+    }
+
+    fn head_bytes(&self, n_best: Option<usize>) -> u64 {
+        self.backend.table_bytes(self.head.as_ref().unwrap_or(&self.embedding), n_best)
+    }
+
     fn device(&self) -> DeviceInfo {
         self.backend.device()
     }
 
     fn get_memory_usage(&self) -> MemoryUsage {
         self.backend.memory()
+    }
+}
+
+/// Ternary multiply-accumulates of a projection for one token.
+fn ternary_weights(linear: &LinearWeights) -> u64 {
+    match &linear.matrix {
+        Matrix::Ternary { weights, .. } => weights.rows() as u64 * weights.cols() as u64,
+        Matrix::Float(_) => 0,
     }
 }

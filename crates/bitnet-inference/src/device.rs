@@ -2,12 +2,12 @@
 
 use bitnet_core::backend::{Backend, KvSpec};
 use bitnet_core::cpu::CpuBackend;
-use bitnet_quant::checkpoint::Checkpoint;
 
 use crate::backend::InferenceBackend;
 use crate::config::{EngineConfig, OptimizationLevel};
 use crate::decoder::Decoder;
 use crate::error::{InferenceError, Result};
+use crate::source::WeightSource;
 
 /// Where a model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,28 +47,36 @@ pub(crate) fn choose(config: &EngineConfig) -> Result<(Device, Option<String>)> 
     }
 }
 
-/// Brings a checkpoint onto the chosen device.
+/// The shape a model is placed in, chosen before it is loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Placement {
+    pub(crate) kv_spec: KvSpec,
+    /// Positions a sequence may reach.
+    pub(crate) max_positions: usize,
+    /// Tokens a step may have.
+    pub(crate) max_step_tokens: usize,
+}
+
+/// Brings a model onto the chosen device.
 pub(crate) fn load(
     config: &EngineConfig,
-    checkpoint: &Checkpoint,
-    kv_spec: KvSpec,
-    max_positions: usize,
+    source: &dyn WeightSource,
+    placement: Placement,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn InferenceBackend>> {
     let backend = CpuBackend::new(config.threads, config.kernel.as_deref())
         .map_err(|e| InferenceError::device("cpu", e))?;
-    decoder(backend, config, checkpoint, kv_spec, max_positions, progress)
+    decoder(backend, source, placement, progress)
 }
 
 fn decoder<B: Backend>(
     backend: B,
-    config: &EngineConfig,
-    checkpoint: &Checkpoint,
-    kv_spec: KvSpec,
-    max_positions: usize,
+    source: &dyn WeightSource,
+    placement: Placement,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Box<dyn InferenceBackend>> {
-    let max_tokens = config.step_limits(checkpoint.config().vocab_size, max_positions).max_tokens;
-    let decoder = Decoder::load(backend, checkpoint, kv_spec, max_positions, max_tokens, progress)?;
+    let Placement { kv_spec, max_positions, max_step_tokens } = placement;
+    let decoder =
+        Decoder::load(backend, source, kv_spec, max_positions, max_step_tokens, progress)?;
     Ok(Box::new(decoder))
 }

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_channel::mpsc::UnboundedReceiver;
 use futures_channel::oneshot;
@@ -19,6 +20,7 @@ use crate::model::Model;
 use crate::options::GenerationOptions;
 use crate::request::{Continuation, Event, Goal, Request, Usage};
 use crate::sampler::Sampler;
+use crate::source::WeightSource;
 use crate::stream::{Generation, TokenStream};
 use crate::wait::block_on;
 
@@ -145,6 +147,21 @@ impl InferenceEngine {
             let bytes = model.memory().weights;
             Ok((model, bytes))
         })
+    }
+
+    /// Brings a model onto the device from any source of weights, such as a
+    /// [`SyntheticModel`](crate::synthetic::SyntheticModel). It is not kept: dropping it unloads it.
+    /// Blocking.
+    ///
+    /// # Errors
+    /// As [`load_model`](Self::load_model).
+    pub fn load_source_blocking(
+        &self,
+        id: impl Into<String>,
+        source: &dyn WeightSource,
+    ) -> Result<Model> {
+        let started = Instant::now();
+        Model::from_source(id.into(), source, &self.0.config, started, &mut |_, _| {})
     }
 
     /// The logits after the last token of the input: `vocab_size` numbers.
@@ -343,7 +360,7 @@ async fn collect_logits(
 }
 
 /// Feeds all events of a request to `take` until it ends.
-async fn drain<T: Default>(
+pub(crate) async fn drain<T: Default>(
     mut events: UnboundedReceiver<Event>,
     mut take: impl FnMut(Event, &mut T),
 ) -> Result<(T, Usage)> {

@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod bench;
 pub mod builder;
 pub mod builtin;
 mod cache;
@@ -40,9 +41,11 @@ pub mod sampler;
 mod scheduler;
 mod score;
 mod sequence;
+pub mod source;
 mod speculate;
 pub mod stop;
 pub mod stream;
+pub mod synthetic;
 pub mod tokenizer;
 mod wait;
 mod worker;

@@ -5,14 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bitnet_core::backend::{DeviceInfo, KvSpec, MemoryUsage};
-use bitnet_quant::checkpoint::Checkpoint;
 use bitnet_quant::config::ModelConfig;
 
-use crate::builtin::{self, BUILTIN_MODEL};
 use crate::config::EngineConfig;
-use crate::device;
+use crate::device::{self, Placement};
 use crate::draft::Draft;
 use crate::error::{InferenceError, Result};
+use crate::source::{self, WeightSource};
 use crate::tokenizer::Tokenizer;
 use crate::worker::{Worker, WorkerLimits};
 
@@ -57,19 +56,20 @@ impl Model {
     ) -> Result<Self> {
         let started = Instant::now();
         let id = path.display().to_string();
-        let checkpoint = open(path)?;
-        Self::from_checkpoint(id, &checkpoint, config, started, progress)
+        let checkpoint = source::open(path)?;
+        Self::from_source(id, &checkpoint, config, started, progress)
     }
 
-    fn from_checkpoint(
+    /// Brings a model onto the device, wherever its weights come from.
+    pub(crate) fn from_source(
         id: String,
-        checkpoint: &Checkpoint,
+        source: &dyn WeightSource,
         config: &EngineConfig,
         started: Instant,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
-        let model_config = checkpoint.config().clone();
-        let assets = checkpoint.text();
+        let model_config = source.config().clone();
+        let assets = source.text();
         let tokenizer = match &assets.tokenizer {
             Some(_) => Some(
                 Tokenizer::from_assets(assets).map_err(|e| InferenceError::tokenizer(&id, e))?,
@@ -77,20 +77,22 @@ impl Model {
             None => None,
         };
         let (max_positions, kv_spec) = config.kv_cache(&model_config)?;
-        let backend = device::load(config, checkpoint, kv_spec, max_positions, progress)?;
+        let step = config.step_limits(model_config.vocab_size, max_positions);
+        let placement = Placement { kv_spec, max_positions, max_step_tokens: step.max_tokens };
+        let backend = device::load(config, source, placement, progress)?;
         let draft = match &config.draft_model {
             Some(path) => Some(load_draft(path, config, &model_config, kv_spec, max_positions)?),
             None => None,
         };
         let limits = WorkerLimits {
-            step: config.step_limits(model_config.vocab_size, max_positions),
+            step,
             max_waiting: config.max_waiting,
             max_positions,
             vocab_size: model_config.vocab_size,
         };
         Ok(Self(Arc::new(Inner {
             id,
-            total_weights: checkpoint.total_weight_count(),
+            total_weights: source.total_weight_count(),
             tokenizer,
             load_time: started.elapsed(),
             worker: Worker::spawn(backend, draft, limits)?,
@@ -186,15 +188,6 @@ impl Model {
     }
 }
 
-/// Opens a file, a folder, or the built-in model.
-fn open(path: &Path) -> Result<Checkpoint> {
-    let checkpoint = match path == Path::new(BUILTIN_MODEL) && !path.exists() {
-        true => builtin::checkpoint(),
-        false => Checkpoint::open(path),
-    };
-    checkpoint.map_err(|e| InferenceError::file(path.display().to_string(), e))
-}
-
 /// Brings a draft model onto the device, with a cache of the same blocks as the model's.
 fn load_draft(
     path: &Path,
@@ -203,7 +196,7 @@ fn load_draft(
     beside: KvSpec,
     max_positions: usize,
 ) -> Result<Draft> {
-    let checkpoint = open(path)?;
+    let checkpoint = source::open(path)?;
     let draft = checkpoint.config();
     if draft.vocab_size != model.vocab_size {
         let expected = format!("a model with a vocabulary of {}", model.vocab_size);
@@ -211,9 +204,10 @@ fn load_draft(
         return Err(InferenceError::input("draft_model", expected, got));
     }
     let kv_spec = config.draft_kv(draft, beside);
-    let backend = device::load(config, &checkpoint, kv_spec, max_positions, &mut |_, _| {})?;
-    let max_tokens = config.step_limits(draft.vocab_size, max_positions).max_tokens;
-    Ok(Draft::new(backend, draft.vocab_size, max_tokens))
+    let max_step_tokens = config.step_limits(draft.vocab_size, max_positions).max_tokens;
+    let placement = Placement { kv_spec, max_positions, max_step_tokens };
+    let backend = device::load(config, &checkpoint, placement, &mut |_, _| {})?;
+    Ok(Draft::new(backend, draft.vocab_size, max_step_tokens))
 }
 
 impl std::fmt::Debug for Model {

@@ -68,6 +68,14 @@ impl CpuTable {
         self.matrix.memory_bytes() + self.shortlist.as_ref().map_or(0, Shortlist::memory_bytes)
     }
 
+    /// Bytes that [`CpuTable::logits`] reads, at least: of two copies, one.
+    pub(crate) fn bytes_read(&self, n_best: Option<usize>) -> u64 {
+        match (&self.shortlist, n_best) {
+            (Some(list), Some(_)) => list.memory_bytes(),
+            _ => self.matrix.memory_bytes(),
+        }
+    }
+
     /// `x[i] = table[tokens[i]]`, `x` `(tokens, hidden)`.
     ///
     /// # Errors

@@ -183,6 +183,10 @@ impl Backend for CpuBackend {
         Ok(self.weights.hold(table, bytes))
     }
 
+    fn table_bytes(&self, table: &Self::Table, n_best: Option<usize>) -> u64 {
+        table.bytes_read(n_best)
+    }
+
     fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope> {
         CpuRope::new(spec)
     }

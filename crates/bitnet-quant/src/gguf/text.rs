@@ -85,7 +85,11 @@ pub(super) fn read(
 }
 
 fn vocabulary(file: &GgufFile, vocab_size: usize) -> Result<Option<GgufVocabulary>> {
-    let Some(model) = file.get::<&str>("tokenizer.ggml.model")? else { return Ok(None) };
+    // llama.cpp's words for a model that has none.
+    let model = file.get::<&str>("tokenizer.ggml.model")?;
+    let Some(model) = model.filter(|&model| model != "no_vocab" && model != "none") else {
+        return Ok(None);
+    };
     let key = |name: &str| format!("tokenizer.ggml.{name}");
     let tokens: &[String] = file.require(&key("tokens"))?;
     if tokens.len() > vocab_size {
