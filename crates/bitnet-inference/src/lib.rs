@@ -32,6 +32,7 @@ pub mod device;
 mod draft;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod input;
 mod kv_blocks;
 pub mod model;

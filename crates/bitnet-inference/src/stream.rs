@@ -54,6 +54,7 @@ pub struct TokenStream {
     ending_tokens: Vec<u32>,
     ready: VecDeque<Result<Chunk>>,
     stop_string: Option<String>,
+    usage: Usage,
     outcome: Option<(FinishReason, Usage)>,
 }
 
@@ -72,6 +73,7 @@ impl TokenStream {
             ending_tokens,
             ready: VecDeque::new(),
             stop_string: None,
+            usage: Usage::default(),
             outcome: None,
         }
     }
@@ -79,6 +81,11 @@ impl TokenStream {
     /// How it ended and what it took; `None` while it goes on or after an error.
     pub fn outcome(&self) -> Option<(FinishReason, Usage)> {
         self.outcome
+    }
+
+    /// What it took so far.
+    pub fn usage(&self) -> Usage {
+        self.usage
     }
 
     /// The stop string that ended it.
@@ -138,6 +145,7 @@ impl TokenStream {
     }
 
     fn handle_token(&mut self, token: GeneratedToken, usage: Usage) {
+        self.usage = usage;
         if self.ending_tokens.contains(&token.id) {
             self.ready.push_back(Ok(Chunk { text: String::new(), token: Some(token) }));
             return;
@@ -158,6 +166,7 @@ impl TokenStream {
     }
 
     fn end(&mut self, reason: FinishReason, usage: Usage) {
+        self.usage = usage;
         self.outcome = Some((reason, usage));
         self.events = None;
     }
