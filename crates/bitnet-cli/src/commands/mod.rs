@@ -1,0 +1,10 @@
+//! One file for each command: its arguments, its help, and what it does.
+
+pub(crate) mod completions;
+pub(crate) mod convert;
+pub(crate) mod devices;
+pub(crate) mod eval;
+pub(crate) mod inspect;
+pub(crate) mod logits;
+pub(crate) mod quantize;
+pub(crate) mod run;

@@ -1,0 +1,169 @@
+//! `bitnet run`: continues one prompt and streams the text.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use bitnet_inference::{BUILTIN_MODEL, GenerationOptions, Model};
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::answer::{self, Answer};
+use crate::exit::{Outcome, Usage};
+use crate::flags::{EngineArgs, ModelArg, SamplingArgs, fresh_seed};
+use crate::interrupt::Interrupt;
+use crate::report;
+use crate::term::{Style, Term, printable};
+
+const EXAMPLES: &str = "\
+Examples:
+  bitnet run \"Once upon a time\"
+  bitnet run -m model.gguf --chat \"Why is the sky blue?\"
+  bitnet run -m model.gguf --greedy -n 64 --file prompt.txt
+  git diff | bitnet run -m model.gguf --json > answer.json
+
+A prompt given as an argument is shown before its continuation; one from a file or a pipe is not.
+One line break at the end of a file or pipe is left out. Statistics go to standard error.";
+
+/// Tokens generated unless -n says otherwise.
+const DEFAULT_MAX_TOKENS: u32 = 256;
+
+/// Arguments of `bitnet run`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct RunArgs {
+    /// Text to continue; from --file or standard input if absent or '-'
+    prompt: Option<String>,
+    #[command(flatten)]
+    model: ModelArg,
+    /// Read the prompt from a file
+    #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
+    file: Option<PathBuf>,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    json: bool,
+    /// With --json: log-probability of each token and of N alternatives
+    #[arg(long, value_name = "N", requires = "json")]
+    logprobs: Option<u32>,
+    /// Do not show the prompt before its continuation
+    #[arg(long)]
+    no_echo: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Reads the prompt, loads the model, streams the answer, says what it took.
+pub(crate) fn run(args: RunArgs, term: &Term) -> anyhow::Result<Outcome> {
+    let (prompt, typed) = read_prompt(&args)?;
+    let base = default_options(args.model.model.as_os_str() == BUILTIN_MODEL);
+    let mut options = args.sampling.options(base)?;
+    if options.seed.is_none() && !options.is_greedy() {
+        options.seed = Some(fresh_seed());
+    }
+    options.logprobs = args.logprobs;
+    options.validate().map_err(|error| Usage::error(error.to_string()))?;
+
+    let interrupt = Interrupt::install()?;
+    let (engine, model) = args.engine.load(&args.model.model, term)?;
+    let stream = engine.stream(&model, prompt.as_str(), &options)?;
+
+    let mut out = io::stdout().lock();
+    let terminal = out.is_terminal();
+    if typed && !args.no_echo && !args.json {
+        write!(out, "{}", term.out(Style::Prompt, &prompt))?;
+        out.flush()?;
+    }
+    let answer = answer::follow(stream, &interrupt, |chunk| {
+        if !args.json && !chunk.text.is_empty() {
+            let text = if terminal { printable(&chunk.text) } else { chunk.text.as_str().into() };
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+        }
+        Ok(())
+    })?;
+
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &as_json(&model, &prompt, &options, &answer))?;
+    }
+    writeln!(out)?;
+    out.flush()?;
+    if !args.json && terminal {
+        term.note("");
+    }
+    term.note(&report::usage_line(&answer.usage));
+    if let Some(seed) = options.seed {
+        term.detail(&format!("seed {seed}"));
+    }
+    Ok(if answer.interrupted() { Outcome::Interrupted } else { Outcome::Done })
+}
+
+/// The built-in model is small and tells stories: a cooler draw and a light penalty keep it on its
+/// path without making it recite.
+fn default_options(builtin: bool) -> GenerationOptions {
+    let options = GenerationOptions::default().max_tokens(DEFAULT_MAX_TOKENS);
+    if builtin { options.temperature(0.7).repetition_penalty(1.1, 64) } else { options }
+}
+
+/// The prompt, and whether it was typed as an argument.
+fn read_prompt(args: &RunArgs) -> anyhow::Result<(String, bool)> {
+    let text = match (&args.prompt, &args.file) {
+        (Some(prompt), _) if prompt != "-" => return non_empty(prompt.clone()).map(|p| (p, true)),
+        (_, Some(path)) => {
+            let bytes = std::fs::read(path)
+                .with_context(|| format!("cannot read the prompt from {}", path.display()))?;
+            as_text(bytes, &path.display().to_string())?
+        }
+        _ => {
+            let mut stdin = io::stdin().lock();
+            if stdin.is_terminal() && args.prompt.is_none() {
+                return Err(Usage::error(
+                    "expected a prompt: bitnet run \"Once upon a time\", or --file, or a pipe",
+                ));
+            }
+            let mut bytes = Vec::new();
+            stdin.read_to_end(&mut bytes).context("cannot read the prompt from standard input")?;
+            as_text(bytes, "standard input")?
+        }
+    };
+    let text = text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
+    non_empty(text.to_owned()).map(|prompt| (prompt, false))
+}
+
+fn as_text(bytes: Vec<u8>, source: &str) -> anyhow::Result<String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow::anyhow!("{source}: expected UTF-8 text, got an invalid byte at offset {at}")
+    })
+}
+
+fn non_empty(prompt: String) -> anyhow::Result<String> {
+    match prompt.is_empty() {
+        true => Err(Usage::error("expected a prompt, got an empty text")),
+        false => Ok(prompt),
+    }
+}
+
+fn as_json(model: &Model, prompt: &str, options: &GenerationOptions, answer: &Answer) -> Value {
+    let (usage, timings) = report::usage_json(&answer.usage);
+    let token = |token: &bitnet_inference::GeneratedToken| match options.logprobs {
+        None => json!({ "id": token.id }),
+        Some(_) => {
+            let top = |(id, logprob): &(u32, f32)| json!({ "id": id, "logprob": logprob });
+            let top: Vec<_> = token.top_logprobs.iter().map(top).collect();
+            json!({ "id": token.id, "logprob": token.logprob, "top_logprobs": top })
+        }
+    };
+    json!({
+        "model": model.get_model_id(),
+        "prompt": prompt,
+        "text": answer.text,
+        "tokens": answer.tokens.iter().map(token).collect::<Vec<_>>(),
+        "finish_reason": answer.ending(),
+        "stop_string": answer.stop_string,
+        "seed": options.seed,
+        "usage": usage,
+        "timings": timings,
+    })
+}
