@@ -11,15 +11,13 @@ fi
 command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz
 seconds=${SECONDS_EACH:-20}
 
-mkdir -p fuzz/corpus/{gguf,checkpoint,tokenizer,chat_template}
+mkdir -p fuzz/corpus/{gguf,checkpoint,tokenizer}
 cp fixtures/goldens/bitnet-tiny/model-i2_s.gguf fuzz/corpus/gguf/
 cp fixtures/goldens/gguf-bitnet-silu/model-tq2_0.gguf fuzz/corpus/gguf/
 cp fixtures/goldens/bitnet-tiny/packed_multiply/{config.json,tokenizer_config.json} fuzz/corpus/checkpoint/
 cp fixtures/goldens/bitnet-tiny/packed_multiply/tokenizer.json fuzz/corpus/tokenizer/
-printf '%s' "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] | trim }}{% endfor %}" \
-    > fuzz/corpus/chat_template/plain
 
-for target in gguf checkpoint tokenizer chat_template; do
+for target in gguf checkpoint tokenizer; do
     echo "-- $target, $seconds seconds"
     cargo "+$nightly" fuzz run --sanitizer none "$target" -- \
         -max_total_time="$seconds" -rss_limit_mb=1024 -timeout=10 -max_len=700000 -print_final_stats=1
