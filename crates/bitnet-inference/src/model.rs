@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use bitnet_core::backend::{DeviceInfo, KvSpec, MemoryUsage};
 use bitnet_quant::config::ModelConfig;
 
+use crate::chat_template::{ChatOptions, ChatTemplate, Message};
 use crate::config::EngineConfig;
 use crate::device::{self, Placement};
 use crate::draft::Draft;
 use crate::error::{InferenceError, Result};
+use crate::input::InferenceInput;
 use crate::source::{self, WeightSource};
 use crate::tokenizer::Tokenizer;
 use crate::worker::{Worker, WorkerLimits};
@@ -24,6 +26,9 @@ struct Inner {
     config: ModelConfig,
     total_weights: u64,
     tokenizer: Option<Tokenizer>,
+    /// The file's template, or what is wrong with it.
+    chat_template: Option<Result<ChatTemplate, String>>,
+    plain_template: ChatTemplate,
     load_time: Duration,
     worker: Worker,
 }
@@ -94,6 +99,11 @@ impl Model {
             id,
             total_weights: source.total_weight_count(),
             tokenizer,
+            chat_template: assets.chat_template.as_ref().map(|source| {
+                // A model with a broken template still generates; only chats need it.
+                ChatTemplate::new(source, &assets.special_tokens).map_err(|e| e.to_string())
+            }),
+            plain_template: ChatTemplate::plain(),
             load_time: started.elapsed(),
             worker: Worker::spawn(backend, draft, limits)?,
             config: model_config,
@@ -137,6 +147,48 @@ impl Model {
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         let lacks = || InferenceError::model_lacks(&self.0.id, "its file has no tokenizer");
         self.0.tokenizer.as_ref().ok_or_else(lacks)
+    }
+
+    /// Whether its file has a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        self.0.chat_template.is_some()
+    }
+
+    /// Its chat template; for a file without one, [`ChatTemplate::plain`].
+    ///
+    /// # Errors
+    /// The file's template is no valid Jinja.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        match &self.0.chat_template {
+            Some(Ok(template)) => Ok(template),
+            Some(Err(reason)) => Err(InferenceError::model_lacks(&self.0.id, reason)),
+            None => Ok(&self.0.plain_template),
+        }
+    }
+
+    /// The prompt that asks for the next message of a conversation.
+    ///
+    /// ```
+    /// use bitnet_inference::{ChatOptions, GenerationOptions, InferenceEngine, Message};
+    ///
+    /// let engine = InferenceEngine::builder().build_blocking()?;
+    /// let model = engine.load_model_blocking("builtin")?;
+    /// let prompt = model.chat_prompt(&[Message::user("Tell me a story.")], &ChatOptions::default())?;
+    /// let options = GenerationOptions::default().max_tokens(20);
+    /// println!("{}", engine.generate_blocking(&model, prompt, &options)?.text);
+    /// # Ok::<(), bitnet_inference::InferenceError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A template that is damaged or refuses the messages; a model without a tokenizer.
+    pub fn chat_prompt(
+        &self,
+        messages: &[Message],
+        options: &ChatOptions,
+    ) -> Result<InferenceInput> {
+        let tokens = self.chat_template()?.encode(self.tokenizer()?, messages, options);
+        let refused = |e| InferenceError::input("messages", "what the chat template accepts", e);
+        Ok(InferenceInput::Tokens(tokens.map_err(refused)?))
     }
 
     /// The device it runs on.
