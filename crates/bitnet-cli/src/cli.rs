@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{completions, convert, devices, eval, inspect, logits, quantize, run};
+use crate::commands::{bench, completions, convert, devices, eval, inspect, logits, quantize, run};
 use crate::term::OutputArgs;
 
 const EXAMPLES: &str = "\
@@ -11,6 +11,7 @@ Examples:
   bitnet inspect model.gguf                what a model file is and holds
   bitnet convert model/ model.gguf --to i2_s
   bitnet eval book.txt -m model.gguf       perplexity and bits per byte
+  bitnet bench --synthetic 2b4t            speed of a shape on this machine, no file needed
 
 MODEL is a GGUF file, a safetensors file, a Hugging Face folder, or 'builtin'.
 Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted.";
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Measure how well a model predicts a text: perplexity, bits per byte
     Eval(eval::EvalArgs),
+    /// Measure how fast a model runs, and how fast this machine could run it at best
+    Bench(bench::BenchArgs),
     /// Print a model's logits for given token ids
     Logits(logits::LogitsArgs),
     /// List the devices and CPU kernels of this machine

@@ -67,6 +67,16 @@ pub(crate) enum KvArg {
     Q8,
 }
 
+impl From<KvArg> for KvType {
+    fn from(kv: KvArg) -> Self {
+        match kv {
+            KvArg::F32 => Self::F32,
+            KvArg::F16 => Self::F16,
+            KvArg::Q8 => Self::Q8,
+        }
+    }
+}
+
 impl EngineArgs {
     /// The settings asked for, for a command that runs `sequences` at a time.
     fn config(&self, sequences: usize, default_kv: Option<KvType>) -> EngineConfig {
@@ -86,12 +96,7 @@ impl EngineArgs {
         config.kernel = self.kernel.clone().filter(|name| !name.is_empty());
         config.context_length = self.ctx;
         config.batch_size = sequences;
-        let asked = self.kv.map(|kv| match kv {
-            KvArg::F32 => KvType::F32,
-            KvArg::F16 => KvType::F16,
-            KvArg::Q8 => KvType::Q8,
-        });
-        config.kv_type = asked.or(default_kv).unwrap_or(config.kv_type);
+        config.kv_type = self.kv.map(KvType::from).or(default_kv).unwrap_or(config.kv_type);
         config
     }
 
@@ -135,7 +140,7 @@ impl EngineArgs {
 }
 
 /// Settings outside their range are a wrong use, not a failure.
-fn as_usage(error: InferenceError) -> anyhow::Error {
+pub(crate) fn as_usage(error: InferenceError) -> anyhow::Error {
     match error {
         InferenceError::Input { .. } => Usage::error(error.to_string()),
         other => other.into(),

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => commands::convert::run(args, &term),
         Command::Quantize(args) => commands::quantize::run(args, &term),
         Command::Eval(args) => commands::eval::run(args, &term),
+        Command::Bench(args) => commands::bench::run(args, &term),
         Command::Logits(args) => commands::logits::run(args, &term),
         Command::Devices(args) => commands::devices::run(args, &term),
         Command::Completions(args) => commands::completions::run(args),

@@ -107,18 +107,22 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Measures the limits of this many threads: reading 1 GiB laid out as weights are, and the
-    /// multiply-accumulate instruction of a kernel. Best of many in under a second each.
+    /// Measures the limits of this many threads: reading memory laid out as weights are (1 GiB, or
+    /// a quarter of what is available), and the multiply-accumulate instruction of a kernel. Best of
+    /// many in under a second each.
     ///
     /// # Errors
     /// No such kernel on this CPU, or no room for the memory to read.
     pub fn measure(threads: usize, kernel: &str) -> Result<Self> {
-        const BYTES: usize = 1 << 30;
+        const MOST: u64 = 1 << 30;
+        const LEAST: u64 = 1 << 26;
+        let available = process::available_memory().unwrap_or(u64::MAX);
+        let n_bytes = (available / 4).clamp(LEAST, MOST) as usize;
         let device = |e| InferenceError::device("the limits of the machine", e);
         let pool = ThreadPool::new(threads).map_err(device)?;
         let kernels = Kernels::by_name(kernel).map_err(device)?;
         Ok(Self {
-            bytes_per_second: machine::measure_read_bandwidth(&pool, BYTES).map_err(device)?,
+            bytes_per_second: machine::measure_read_bandwidth(&pool, n_bytes).map_err(device)?,
             macs_per_second: machine::measure_mac_peak(&pool, kernels),
         })
     }
