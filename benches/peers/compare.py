@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -102,8 +103,6 @@ def contestants(args, python, plain, q6_head):
 
 def other_load(seconds=1.0):
     """Processors busy with other work, where Linux tells."""
-    import time
-
     def times():
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
         ticks = list(map(int, fields))
@@ -139,11 +138,11 @@ def main():
                     say(f"warning: other programs keep {busy:.1f} processors busy")
                 say(f"turn {turn + 1} of {args.turns}, {threads} threads: {name}")
                 output = run(command + ["-t", threads], stdout=subprocess.PIPE).stdout
-                report = json.loads(output)
-                turns.append({"turn": turn, "name": name, "report": report})
+                printed = json.loads(output)
+                turns.append({"turn": turn, "name": name, "report": printed})
                 if name == "bitnet":
-                    ours = report
-                for row in report["results"]:
+                    ours = printed
+                for row in printed["results"]:
                     key = (row["test"], row["threads"])
                     rates.setdefault(key, {}).setdefault(name, []).append(row["tok_per_s"])
     if args.json:
