@@ -74,6 +74,14 @@ impl<K: Hash + Eq + Clone, V: Clone> LoadCache<K, V> {
         Ok(value)
     }
 
+    /// The value for `key` if it is kept now; does not count as use.
+    pub(crate) fn peek(&self, key: &K) -> Option<V> {
+        match self.lock().entries.get(key) {
+            Some(Entry::Ready { value, .. }) => Some(value.clone()),
+            Some(Entry::Loading) | None => None,
+        }
+    }
+
     /// Entries and bytes kept now.
     pub(crate) fn usage(&self) -> (usize, u64) {
         let state = self.lock();
@@ -149,6 +157,7 @@ mod tests {
         cache.get_or_load(&"a", ok(9, 1)).unwrap();
         cache.get_or_load(&"c", ok(3, 1)).unwrap();
         assert_eq!(cache.usage(), (2, 2));
+        assert_eq!((cache.peek(&"b"), cache.peek(&"a")), (None, Some(1)));
         assert_eq!(cache.get_or_load(&"a", ok(9, 1)), Ok(1), "a was used after b");
         assert_eq!(cache.get_or_load(&"b", ok(8, 1)), Ok(8), "b was evicted");
     }

@@ -18,7 +18,7 @@ use crate::error::{InferenceError, Result};
 use crate::input::{InferenceInput, InferenceOutput};
 use crate::model::Model;
 use crate::options::GenerationOptions;
-use crate::request::{Continuation, Event, Goal, Request, Usage};
+use crate::request::{Continuation, Event, GeneratedToken, Goal, Request, RequestContext, Usage};
 use crate::sampler::Sampler;
 use crate::source::WeightSource;
 use crate::stream::{Generation, TokenStream};
@@ -99,6 +99,12 @@ impl InferenceEngine {
         &self.0.warnings
     }
 
+    /// The model of `path` if it is loaded now. Looking does not count as use: it does not delay the
+    /// model's eviction.
+    pub fn loaded_model(&self, path: impl AsRef<Path>) -> Option<Model> {
+        self.0.models.peek(&model_key(path.as_ref()))
+    }
+
     /// Models loaded now and the bytes of their weights.
     pub fn loaded_models(&self) -> (usize, u64) {
         self.0.models.usage()
@@ -117,6 +123,9 @@ impl InferenceEngine {
     /// # Errors
     /// [`InferenceError::Model`] says which file is missing or damaged, and how.
     pub async fn load_model(&self, path: impl AsRef<Path>) -> Result<Model> {
+        if self.loaded_model(path.as_ref()).is_some() {
+            return self.load_model_blocking(path); // Only a look-up.
+        }
         let (sender, receiver) = oneshot::channel();
         let (engine, path) = (self.clone(), path.as_ref().to_path_buf());
         let load = move || {
@@ -141,7 +150,7 @@ impl InferenceEngine {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Model> {
         let path = path.as_ref();
-        let key = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let key = model_key(path);
         self.0.models.get_or_load(&key, || {
             let model = Model::load(path, &self.0.config, progress)?;
             let bytes = model.memory().weights;
@@ -251,14 +260,30 @@ impl InferenceEngine {
     /// # Errors
     /// As [`infer`](Self::infer).
     pub fn score(&self, model: &Model, input: &InferenceInput) -> Result<Vec<f32>> {
+        let scored = block_on(self.score_tokens(model, input, 0, &RequestContext::default()))?;
+        Ok(scored.iter().filter_map(|token| token.logprob).collect())
+    }
+
+    /// As [`score`](Self::score), with each token's id and the `top` likeliest tokens at its place.
+    /// Dropping the future cancels the work before the model's next step.
+    ///
+    /// # Errors
+    /// As [`infer`](Self::infer).
+    pub async fn score_tokens(
+        &self,
+        model: &Model,
+        input: &InferenceInput,
+        top: usize,
+        context: &RequestContext,
+    ) -> Result<Vec<GeneratedToken>> {
         let tokens = input.tokens(model)?;
-        let events = submit(model, tokens, Goal::Score)?;
-        block_on(drain(events, |event, scores: &mut Vec<f32>| {
-            if let Event::Score(logprob) = event {
-                scores.push(logprob);
+        let events = submit_for(model, tokens, Goal::Score { top }, context)?;
+        let take = |event, scored: &mut Vec<GeneratedToken>| {
+            if let Event::Score(token) = event {
+                scored.push(token);
             }
-        }))
-        .map(|(scores, _)| scores)
+        };
+        drain(events, take).await.map(|(scored, _)| scored)
     }
 
     /// Starts a generation whose text arrives while it is computed.
@@ -286,6 +311,20 @@ impl InferenceEngine {
         prompt: impl Into<InferenceInput>,
         options: &GenerationOptions,
     ) -> Result<TokenStream> {
+        self.stream_for(model, prompt, options, &RequestContext::default())
+    }
+
+    /// [`stream`](Self::stream) for one of many callers.
+    ///
+    /// # Errors
+    /// As [`stream`](Self::stream).
+    pub fn stream_for(
+        &self,
+        model: &Model,
+        prompt: impl Into<InferenceInput>,
+        options: &GenerationOptions,
+        context: &RequestContext,
+    ) -> Result<TokenStream> {
         let tokens = prompt.into().tokens(model)?;
         let mut ending_tokens = options.stop_token_ids.clone();
         if !options.ignore_eos
@@ -305,7 +344,8 @@ impl InferenceEngine {
             max_tokens: options.max_tokens.map_or(usize::MAX, |n| n as usize),
             ending_tokens: ending_tokens.clone(),
         };
-        let events = submit(model, tokens, Goal::Generate(Box::new(continuation)))?;
+        let goal = Goal::Generate(Box::new(continuation));
+        let events = submit_for(model, tokens, goal, context)?;
         Ok(TokenStream::new(model, events, &options.stop, ending_tokens))
     }
 
@@ -342,8 +382,29 @@ impl InferenceEngine {
     }
 }
 
+impl std::fmt::Debug for InferenceEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InferenceEngine").field("context", &self.context()).finish_non_exhaustive()
+    }
+}
+
+/// One name for each file, however its path is written.
+fn model_key(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
 fn submit(model: &Model, tokens: Vec<u32>, goal: Goal) -> Result<UnboundedReceiver<Event>> {
-    model.worker().submit(Request { tokens, goal, priority: 0, cache_salt: None })
+    submit_for(model, tokens, goal, &RequestContext::default())
+}
+
+fn submit_for(
+    model: &Model,
+    tokens: Vec<u32>,
+    goal: Goal,
+    context: &RequestContext,
+) -> Result<UnboundedReceiver<Event>> {
+    let RequestContext { priority, cache_salt } = context.clone();
+    model.worker().submit(Request { tokens, goal, priority, cache_salt })
 }
 
 async fn collect_logits(

@@ -63,5 +63,5 @@ pub use error::{InferenceError, ModelError};
 pub use input::{InferenceInput, InferenceOutput};
 pub use model::{Model, ModelStats};
 pub use options::GenerationOptions;
-pub use request::{FinishReason, GeneratedToken, Usage};
+pub use request::{FinishReason, GeneratedToken, RequestContext, Usage};
 pub use stream::{Chunk, Generation, TokenStream};

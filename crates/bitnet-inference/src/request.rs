@@ -8,6 +8,17 @@ use futures_channel::mpsc::UnboundedSender;
 use crate::error::InferenceError;
 use crate::sampler::Sampler;
 
+/// Who asks, for an engine that serves many: decides the order of work and what may be shared, never
+/// the tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RequestContext {
+    /// Higher runs first; 0 for a request that says nothing.
+    pub priority: i32,
+    /// Keeps this tenant's part of the prefix cache from all requests without the same salt: neither
+    /// side can tell from its speed what the other has asked. `None` is a part of its own.
+    pub cache_salt: Option<Arc<str>>,
+}
+
 /// One unit of work for a model.
 #[derive(Debug)]
 pub(crate) struct Request {
@@ -31,7 +42,10 @@ pub(crate) enum Goal {
         all: bool,
     },
     /// The log-probability of each token given those before it.
-    Score,
+    Score {
+        /// Report this many of the likeliest tokens at each place as well.
+        top: usize,
+    },
 }
 
 /// How a prompt is continued.
@@ -51,8 +65,8 @@ pub(crate) enum Event {
     Token(GeneratedToken, Usage),
     /// Logits after the next token of the prompt (or after the last one, if only that was asked for).
     Logits(Vec<f32>),
-    /// Log-probability of the next token of the prompt, from its second one on.
-    Score(f32),
+    /// The next token of the prompt, from its second one on, with its log-probability.
+    Score(GeneratedToken),
     /// The end.
     Finished(FinishReason, Usage),
     /// The end, with an error.

@@ -87,7 +87,7 @@ impl Sequence {
 
     /// Whether logits are wanted after every token, not only after the last.
     pub(crate) fn wants_every_row(&self) -> bool {
-        matches!(self.goal, Goal::Logits { all: true } | Goal::Score)
+        matches!(self.goal, Goal::Logits { all: true } | Goal::Score { .. })
     }
 
     /// Enters the running set: takes over what earlier requests computed of its prompt.
@@ -139,7 +139,7 @@ impl Sequence {
             Goal::Generate(continuation) => {
                 continuation.max_tokens.saturating_sub(self.n_generated() + 1)
             }
-            Goal::Logits { .. } | Goal::Score => 0,
+            Goal::Logits { .. } | Goal::Score { .. } => 0,
         }
     }
 

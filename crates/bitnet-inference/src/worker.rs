@@ -19,7 +19,7 @@ use crate::error::{InferenceError, Result};
 use crate::kv_blocks::BlockPool;
 use crate::request::{Event, EventSender, FinishReason, GeneratedToken, Goal, Request};
 use crate::scheduler::{PlannedSlice, Scheduler, StepLimits};
-use crate::score::log_probability;
+use crate::score::with_alternatives;
 use crate::sequence::Sequence;
 
 /// Bounds of a worker, fixed when its model is loaded.
@@ -257,7 +257,7 @@ impl WorkerThread {
         let with_logits = self.plan.iter().filter(|slice| !slice.logit_rows.is_empty());
         let wanted = with_logits.map(|slice| match &self.scheduler.running[slice.sequence].goal {
             Goal::Generate(continuation) => continuation.sampler.n_best(),
-            Goal::Logits { .. } | Goal::Score => None,
+            Goal::Logits { .. } | Goal::Score { .. } => None,
         });
         wanted.reduce(|a, b| Some(a?.max(b?))).flatten()
     }
@@ -292,10 +292,10 @@ impl WorkerThread {
                     }
                     (sequence.n_pending() == 0).then_some(FinishReason::Stop)
                 }
-                Goal::Score => {
+                Goal::Score { top } => {
                     let next = &sequence.tokens[(first_position + 1).min(sequence.tokens.len())..];
                     for (row, &token) in rows.chunks_exact(vocab_size).zip(next) {
-                        sequence.send(Event::Score(log_probability(row, token)));
+                        sequence.send(Event::Score(with_alternatives(row, token, *top)));
                     }
                     (sequence.n_pending() == 0).then_some(FinishReason::Stop)
                 }

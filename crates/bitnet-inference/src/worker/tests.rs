@@ -297,13 +297,17 @@ fn scores_cover_every_token_but_the_first_in_any_chunking() {
     let prompt: Vec<u32> = (0..23).map(|i| i * 3 % VOCAB as u32).collect();
     let scores = |max_tokens: usize| {
         let worker = worker(HashModel::new(50), 2, max_tokens);
-        let request =
-            Request { tokens: prompt.clone(), goal: Goal::Score, priority: 0, cache_salt: None };
+        let request = Request {
+            tokens: prompt.clone(),
+            goal: Goal::Score { top: 0 },
+            priority: 0,
+            cache_salt: None,
+        };
         let mut events = worker.submit(request).unwrap();
         let mut scores = Vec::new();
         loop {
             match next(&mut events).unwrap() {
-                Event::Score(logprob) => scores.push(logprob),
+                Event::Score(token) => scores.extend(token.logprob),
                 Event::Finished(..) => return scores,
                 other => panic!("unexpected {other:?}"),
             }
