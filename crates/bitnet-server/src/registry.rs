@@ -1,0 +1,95 @@
+//! The models this server offers, by name. The engine keeps them loaded and evicts them; here names
+//! become paths, and a load happens once however many requests ask for it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::http::StatusCode;
+use bitnet_inference::{InferenceEngine, Model};
+use tokio::sync::Mutex;
+
+use crate::error::{ApiError, Result};
+
+/// A model on offer.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// The name clients use.
+    pub name: Arc<str>,
+    /// The file or folder, or `builtin`.
+    pub path: PathBuf,
+    /// Seconds since 1970 of the file's last change, or of the server's start.
+    pub created: u64,
+    loading: Mutex<()>,
+}
+
+/// All models on offer, in the order they were given.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    engine: InferenceEngine,
+    entries: Vec<Entry>,
+}
+
+impl Registry {
+    /// Offers these models.
+    pub(crate) fn new(engine: InferenceEngine, models: &[(String, PathBuf)]) -> Self {
+        let entry = |(name, path): &(String, PathBuf)| {
+            let changed = std::fs::metadata(path).and_then(|data| data.modified());
+            let changed = changed.unwrap_or_else(|_| SystemTime::now());
+            let created = changed.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            Entry {
+                name: name.as_str().into(),
+                path: path.clone(),
+                created,
+                loading: Mutex::new(()),
+            }
+        };
+        Self { engine, entries: models.iter().map(entry).collect() }
+    }
+
+    /// All entries.
+    pub(crate) fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The entry of a name. Ollama's clients add `:latest`, which is the same model.
+    ///
+    /// # Errors
+    /// 404 for a name that is not on offer.
+    pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {
+        let find = |name: &str| self.entries.iter().find(|entry| &*entry.name == name);
+        find(name).or_else(|| find(name.strip_suffix(":latest")?)).ok_or_else(|| {
+            let shown: String = name.chars().take(64).collect();
+            let message = format!("the model `{shown}` does not exist; see /v1/models");
+            ApiError {
+                param: Some("model".into()),
+                ..ApiError::new(StatusCode::NOT_FOUND, message)
+            }
+            .code("model_not_found")
+        })
+    }
+
+    /// The model of an entry if it is in memory; does not count as use.
+    pub(crate) fn loaded(&self, entry: &Entry) -> Option<Model> {
+        self.engine.loaded_model(&entry.path)
+    }
+
+    /// The model of an entry, loaded if it is not in memory.
+    ///
+    /// # Errors
+    /// 503 if it cannot be loaded; the log says why.
+    pub(crate) async fn model(&self, entry: &Entry) -> Result<Model> {
+        if let Some(model) = self.engine.loaded_model(&entry.path) {
+            return Ok(model);
+        }
+        // The engine would let each caller wait on a thread of its own.
+        let _one_at_a_time = entry.loading.lock().await;
+        if let Some(model) = self.engine.loaded_model(&entry.path) {
+            return Ok(model);
+        }
+        let model = self.engine.load_model(&entry.path).await?;
+        let took_ms = model.load_time().as_millis() as u64;
+        tracing::info!(model = &*entry.name, took_ms, "model loaded");
+        Ok(model)
+    }
+}

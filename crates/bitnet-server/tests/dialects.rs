@@ -1,0 +1,141 @@
+//! Anthropic's and Ollama's wire formats, and the utilities.
+
+mod common;
+
+use common::{Server, merge, names};
+use serde_json::{Value, json};
+
+fn message(extra: Value) -> Value {
+    let mut body = json!({
+        "model": "builtin", "max_tokens": 6, "temperature": 0,
+        "messages": [{"role": "user", "content": "Once upon a time"}],
+    });
+    merge(&mut body, extra);
+    body
+}
+
+#[tokio::test]
+async fn an_anthropic_message_has_its_shape_and_its_stream_its_order() {
+    let server = Server::start().await;
+    let whole = server.post("/v1/messages", message(json!({}))).await.json();
+    let fields =
+        ["id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"];
+    assert_eq!(names(&whole), fields);
+    assert_eq!((&whole["type"], &whole["stop_reason"]), (&json!("message"), &json!("max_tokens")));
+    let answer = server.post("/v1/messages", message(json!({"stream": true}))).await;
+    let kinds: Vec<&str> =
+        answer.text.lines().filter_map(|line| line.strip_prefix("event: ")).collect();
+    let events: Vec<Value> =
+        answer.events().iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    for (kind, event) in kinds.iter().zip(&events) {
+        assert_eq!(event["type"], *kind);
+    }
+    let mut order = kinds.clone();
+    order.dedup();
+    assert_eq!(
+        order,
+        [
+            "message_start",
+            "content_block_start",
+            "content_block_delta",
+            "content_block_stop",
+            "message_delta",
+            "message_stop",
+        ]
+    );
+    let text: String = events.iter().filter_map(|event| event["delta"]["text"].as_str()).collect();
+    assert_eq!(whole["content"][0]["text"], text);
+    let count =
+        json!({"model": "builtin", "messages": [{"role": "user", "content": "Once upon a time"}]});
+    let counted = server.post("/v1/messages/count_tokens", count).await.json();
+    assert_eq!(counted["input_tokens"], events[0]["message"]["usage"]["input_tokens"]);
+}
+
+#[tokio::test]
+async fn anthropic_errors_are_anthropics() {
+    let server = Server::start().await;
+    let answer = server.post("/v1/messages", message(json!({"top_a": 1}))).await;
+    assert_eq!(answer.status, 400);
+    let body = answer.json();
+    assert_eq!(names(&body), ["type", "error", "request_id"]);
+    assert_eq!(body["error"]["type"], "invalid_request_error");
+    assert!(body["error"]["message"].as_str().unwrap().contains("top_a"));
+    assert_eq!(body["request_id"], answer.headers["request-id"].to_str().unwrap());
+    for bad in [
+        json!({"max_tokens": 0}),
+        json!({"messages": []}),
+        json!({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}),
+        json!({"messages": [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "nobody", "content": "x"}]}]}),
+        json!({"temperature": 1.5}),
+        json!({"tool_choice": {"type": "any"}}),
+        json!({"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+    ] {
+        assert_eq!(server.post("/v1/messages", message(bad.clone())).await.status, 400, "{bad}");
+    }
+}
+
+#[tokio::test]
+async fn ollama_chats_and_generates_line_by_line() {
+    let server = Server::start().await;
+    let options = json!({"num_predict": 6, "temperature": 0});
+    let request = json!({
+        "model": "builtin:latest", "options": options,
+        "messages": [{"role": "user", "content": "Once upon a time"}],
+    });
+    let answer = server.post("/api/chat", request).await;
+    assert_eq!(answer.headers["content-type"], "application/x-ndjson");
+    let lines: Vec<Value> =
+        answer.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (last, pieces) = lines.split_last().unwrap();
+    assert!(pieces.iter().all(|line| line["done"] == false));
+    assert_eq!((&last["done"], &last["done_reason"]), (&json!(true), &json!("length")));
+    assert_eq!(last["eval_count"], 6);
+    let text: String =
+        pieces.iter().map(|line| line["message"]["content"].as_str().unwrap()).collect();
+    let request = json!({
+        "model": "builtin", "prompt": "Once upon a time", "stream": false, "options": options,
+    });
+    let whole = server.post("/api/generate", request).await.json();
+    assert_eq!(whole["response"], text);
+    let load = server.post("/api/generate", json!({"model": "builtin"})).await.json();
+    assert_eq!((&load["done_reason"], &load["response"]), (&json!("load"), &json!("")));
+}
+
+#[tokio::test]
+async fn ollama_lists_shows_and_embeds() {
+    let server = Server::start().await;
+    assert!(server.get("/api/version").await.json()["version"].is_string());
+    assert_eq!(server.get("/api/ps").await.json()["models"], json!([]));
+    let show = server.post("/api/show", json!({"model": "builtin"})).await.json();
+    assert!(show["model_info"]["general.parameter_count"].as_u64().unwrap() > 1_000_000);
+    assert_eq!(server.get("/api/ps").await.json()["models"][0]["name"], "builtin");
+    assert_eq!(server.get("/api/tags").await.json()["models"][0]["model"], "builtin");
+    let embed = server.post("/api/embed", json!({"model": "builtin", "input": ["a", "b"]})).await;
+    assert_eq!(embed.json()["embeddings"].as_array().unwrap().len(), 2);
+    let error = server.post("/api/chat", json!({"model": "none", "messages": []})).await;
+    assert_eq!(error.status, 404);
+    assert_eq!(names(&error.json()), ["error"]);
+}
+
+#[tokio::test]
+async fn texts_survive_the_tokenizer() {
+    let server = Server::start().await;
+    let text = "Once upon a time — 你好 <|endoftext|>";
+    let tokens =
+        server.post("/tokenize", json!({"content": text, "with_pieces": true})).await.json();
+    assert_eq!(
+        tokens["pieces"].as_array().unwrap().len(),
+        tokens["count"].as_u64().unwrap() as usize
+    );
+    let back = server.post("/detokenize", json!({"tokens": tokens["tokens"]})).await.json();
+    assert_eq!(back["content"], text);
+    let parsed = json!({"content": "<|endoftext|>", "parse_special": true});
+    assert_eq!(server.post("/tokenize", parsed).await.json()["count"], 1);
+    let messages =
+        json!([{"role": "user", "content": "Hello"}, {"role": "user", "content": "you"}]);
+    let prompt = server.post("/apply-template", json!({"messages": messages})).await.json();
+    assert_eq!(prompt["prompt"], "Hello\nyou");
+    let bad = server.post("/detokenize", json!({"tokens": [4096]})).await;
+    assert_eq!((bad.status.as_u16(), &bad.json()["error"]["param"]), (400, &json!("tokens")));
+}
