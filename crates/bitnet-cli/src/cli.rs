@@ -2,12 +2,15 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{bench, completions, convert, devices, eval, inspect, logits, quantize, run};
+use crate::commands::{
+    bench, completions, convert, devices, eval, inspect, logits, quantize, run, serve,
+};
 use crate::term::OutputArgs;
 
 const EXAMPLES: &str = "\
 Examples:
   bitnet run \"Once upon a time\"            a story from the built-in model: no download, no setup
+  bitnet serve                             an OpenAI-compatible server on port 8080
   bitnet inspect model.gguf                what a model file is and holds
   bitnet convert model/ model.gguf --to i2_s
   bitnet eval book.txt -m model.gguf       perplexity and bits per byte
@@ -33,6 +36,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Continue a prompt, or answer it
     Run(run::RunArgs),
+    /// Serve models over HTTP: OpenAI's, Anthropic's and Ollama's wire formats
+    Serve(Box<serve::ServeArgs>),
     /// Show what a model is: architecture, tensors, tokenizer, template
     Inspect(inspect::InspectArgs),
     /// Write a model in another file format or packing, without losing a trit

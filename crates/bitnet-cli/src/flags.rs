@@ -79,7 +79,7 @@ impl From<KvArg> for KvType {
 
 impl EngineArgs {
     /// The settings asked for, for a command that runs `sequences` at a time.
-    fn config(&self, sequences: usize, default_kv: Option<KvType>) -> EngineConfig {
+    pub(crate) fn config(&self, sequences: usize, default_kv: Option<KvType>) -> EngineConfig {
         let mut config = match self.profile {
             Profile::Balanced => EngineConfig::balanced(),
             Profile::Speed => EngineConfig::optimized_for_speed(),

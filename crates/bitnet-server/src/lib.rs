@@ -37,6 +37,7 @@ mod generate;
 mod health;
 mod json;
 mod lifecycle;
+mod logging;
 mod metrics;
 mod middleware;
 mod ollama;
@@ -65,6 +66,7 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 
 pub use config::{Limits, Listen, ServerConfig};
 pub use lifecycle::{Lifecycle, Phase};
+pub use logging::{LogError, LogFormat, init_logging};
 pub use openapi::document as openapi_document;
 pub use serve::{Listener, bind, drain_on_signal, serve};
 pub use state::AppState;

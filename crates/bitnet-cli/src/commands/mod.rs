@@ -9,3 +9,4 @@ pub(crate) mod inspect;
 pub(crate) mod logits;
 pub(crate) mod quantize;
 pub(crate) mod run;
+pub(crate) mod serve;
