@@ -156,8 +156,7 @@ pub(crate) fn run(args: ServeArgs, term: &Term) -> anyhow::Result<Outcome> {
         term.warn(warning);
     }
     let preload = args.preload.then(|| config.models[0].1.clone());
-    let state =
-        AppState::new(engine.clone(), config).map_err(|e| Usage::error(e.to_string()))?;
+    let state = AppState::new(engine.clone(), config).map_err(|e| Usage::error(e.to_string()))?;
     // Models run on threads of their own; these two only move bytes.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
