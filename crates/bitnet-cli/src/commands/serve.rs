@@ -82,7 +82,7 @@ struct AccessArgs {
     /// A file with one key a line; empty lines and lines that begin with # are left out
     #[arg(long, env = "BITNET_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
-    /// A web origin that may call from browsers, such as https://app.example; '*' for all
+    /// A web origin that may call from browsers, such as `https://app.example`; '*' for all
     #[arg(long = "cors-origin", env = "BITNET_CORS_ORIGIN", value_name = "ORIGIN")]
     cors_origins: Vec<String>,
     /// A host name to answer to, besides localhost
