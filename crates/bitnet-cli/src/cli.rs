@@ -3,13 +3,14 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, completions, convert, devices, eval, inspect, logits, quantize, run, serve,
+    bench, chat, completions, convert, devices, eval, inspect, logits, quantize, run, serve,
 };
 use crate::term::OutputArgs;
 
 const EXAMPLES: &str = "\
 Examples:
   bitnet run \"Once upon a time\"            a story from the built-in model: no download, no setup
+  bitnet chat -m models/bitnet-2b4t        talk to a model of your own
   bitnet serve                             an OpenAI-compatible server on port 8080
   bitnet inspect model.gguf                what a model file is and holds
   bitnet convert model/ model.gguf --to i2_s
@@ -36,6 +37,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Continue a prompt, or answer it
     Run(run::RunArgs),
+    /// Talk with a model
+    Chat(chat::ChatArgs),
     /// Serve models over HTTP: OpenAI's, Anthropic's and Ollama's wire formats
     Serve(Box<serve::ServeArgs>),
     /// Show what a model is: architecture, tensors, tokenizer, template

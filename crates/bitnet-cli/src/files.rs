@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::exit::Usage;
-use crate::term::{Term, Unit, bytes, count};
+use crate::term::{Term, Unit, bytes, count, printable};
 
 /// A model file or folder to read.
 #[derive(Debug, Args)]
@@ -107,7 +107,7 @@ impl OutputArgs {
         let report = write(&mut |progress| {
             bar.set_length(progress.total);
             bar.set_position(progress.done);
-            bar.set_message(progress.tensor.to_owned());
+            bar.set_message(printable(progress.tensor).into_owned());
         });
         bar.finish_and_clear();
         let report = report?;

@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     let term = term::Term::new(&cli.output);
     let result = match cli.command {
         Command::Run(args) => commands::run::run(args, &term),
+        Command::Chat(args) => commands::chat::run(args, &term),
         Command::Serve(args) => commands::serve::run(*args, &term),
         Command::Inspect(args) => commands::inspect::run(args, &term),
         Command::Convert(args) => commands::convert::run(args, &term),

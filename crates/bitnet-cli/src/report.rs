@@ -10,7 +10,7 @@ use crate::term::{Term, bytes, count, duration, rate};
 /// One line: tokens, rates, and the time to the first token.
 pub(crate) fn usage_line(usage: &Usage) -> String {
     let mut parts = Vec::new();
-    let mut prompt = format!("{} prompt tokens", count(usage.prompt_tokens as u64));
+    let mut prompt = counted(usage.prompt_tokens, "prompt token");
     if usage.cached_tokens > 0 {
         prompt.push_str(&format!(" ({} known already)", count(usage.cached_tokens as u64)));
     }
@@ -18,7 +18,7 @@ pub(crate) fn usage_line(usage: &Usage) -> String {
         prompt.push_str(&format!(" at {} tok/s", rate(r)));
     }
     parts.push(prompt);
-    let mut answer = format!("{} new tokens", count(usage.completion_tokens as u64));
+    let mut answer = counted(usage.completion_tokens, "new token");
     if let Some(r) = usage.decode_tokens_per_second() {
         answer.push_str(&format!(" at {} tok/s", rate(r)));
     }
@@ -27,6 +27,10 @@ pub(crate) fn usage_line(usage: &Usage) -> String {
         parts.push(format!("first token after {}", duration(time_to_first_token(usage))));
     }
     parts.join(" · ")
+}
+
+fn counted(n: usize, what: &str) -> String {
+    format!("{} {what}{}", count(n as u64), if n == 1 { "" } else { "s" })
 }
 
 /// From the request's arrival to its first token.
@@ -97,7 +101,7 @@ mod tests {
             "12 prompt tokens (2 known already) at 1,000 tok/s · 11 new tokens at 100.0 tok/s \
              · first token after 11.0 ms"
         );
-        let nothing = usage_line(&Usage { prompt_tokens: 3, ..Usage::default() });
-        assert_eq!(nothing, "3 prompt tokens · 0 new tokens");
+        let nothing = usage_line(&Usage { prompt_tokens: 1, ..Usage::default() });
+        assert_eq!(nothing, "1 prompt token · 0 new tokens");
     }
 }

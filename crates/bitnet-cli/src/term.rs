@@ -102,6 +102,11 @@ impl Term {
         paint(self.color_err, style, text.as_ref())
     }
 
+    /// Whether standard output gets colours.
+    pub(crate) fn has_color(&self) -> bool {
+        self.color_out
+    }
+
     /// Whether details are wanted.
     pub(crate) fn is_verbose(&self) -> bool {
         self.verbose
@@ -110,21 +115,21 @@ impl Term {
     /// A line beside the result.
     pub(crate) fn note(&self, text: &str) {
         if !self.quiet {
-            say(&self.err(Style::Note, text));
+            say(&self.err(Style::Note, printable(text)));
         }
     }
 
     /// A line for those who asked for details.
     pub(crate) fn detail(&self, text: &str) {
         if self.verbose {
-            say(&self.err(Style::Note, text));
+            say(&self.err(Style::Note, printable(text)));
         }
     }
 
     /// Something that was not done as asked.
     pub(crate) fn warn(&self, text: &str) {
         if !self.quiet {
-            say(&format!("{} {text}", self.err(Style::Warning, "warning:")));
+            say(&format!("{} {}", self.err(Style::Warning, "warning:"), printable(text)));
         }
     }
 

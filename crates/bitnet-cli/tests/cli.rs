@@ -11,7 +11,7 @@ fn help_teaches_by_example() {
         help.contains("bitnet run \"Once upon a time\"") && help.contains("Exit codes"),
         "{help}"
     );
-    for command in ["run", "inspect", "convert", "quantize", "eval", "logits", "devices"] {
+    for command in ["run", "chat", "inspect", "convert", "quantize", "eval", "logits", "devices"] {
         let help = stdout(&[command, "--help"]);
         assert!(help.contains("Examples:") && help.contains(&format!("bitnet {command}")));
     }

@@ -52,7 +52,7 @@ fn there_and_back_is_the_same_model() {
     assert_eq!(logits(&back), logits(&source));
     // The tokenizer and the template came along.
     let told = |model: &str| {
-        stdout(&["run", "-m", model, "Hello there", "--greedy", "-n", "8", "--quiet"])
+        stdout(&["run", "-m", model, "Hello there", "--chat", "--greedy", "-n", "8", "--quiet"])
     };
     assert_eq!(told(&gguf), told(&source));
     assert_eq!(told(&back), told(&source));

@@ -87,6 +87,19 @@ fn stop_texts_and_biases_act() {
 }
 
 #[test]
+fn chat_uses_the_models_template() {
+    let model = golden("bitnet-tiny/packed_multiply");
+    let args = ["run", "-m", &model, "--greedy", "-n", "4", "--json"];
+    let prompt_tokens = |extra: &[&str]| {
+        json(&[&args[..], extra].concat())["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let plain = prompt_tokens(&["Hello"]);
+    let chat = prompt_tokens(&["Hello", "--chat"]);
+    let system = prompt_tokens(&["Hello", "--chat", "--system", "Be brief."]);
+    assert!(plain < chat && chat < system, "{plain} {chat} {system}");
+}
+
+#[test]
 fn every_kernel_and_cache_format_is_accepted_and_named() {
     let devices = json(&["devices", "--json"]);
     let kernels = devices["devices"][0]["kernels"].as_array().unwrap().clone();
@@ -102,6 +115,16 @@ fn every_kernel_and_cache_format_is_accepted_and_named() {
         let output = run(&["run", "A fox", "-n", "3", "--kv", kv, "-v"]);
         assert!(text(&output.stderr).contains(&format!("KV cache {name}")), "{kv}");
     }
+}
+
+#[test]
+fn a_draft_model_changes_no_token() {
+    let args = ["run", STORY, "-n", "40", "--seed", "5"];
+    let drafted = stdout(&[&args[..], &["--draft", "builtin"]].concat());
+    assert_eq!(drafted, stdout(&args));
+    let other = golden("bitnet-tiny/packed_multiply");
+    let (code, stderr) = failure(&["run", "x", "--draft", &other]);
+    assert!(code == 1 && stderr.contains("draft_model"), "{stderr}");
 }
 
 #[test]

@@ -236,9 +236,10 @@ impl Page<'_> {
         self.text.push_str(&format!("\n{}\n", self.term.out(Style::Label, text)));
     }
 
-    /// Values come from files, so they may hold anything.
+    /// Both may come from a file and hold anything.
     fn line(&mut self, label: &str, value: impl AsRef<str>) {
-        self.text.push_str(&format!("  {label:15} {}\n", printable(value.as_ref())));
+        let (label, value) = (printable(label), printable(value.as_ref()));
+        self.text.push_str(&format!("  {label:15} {value}\n"));
     }
 }
 

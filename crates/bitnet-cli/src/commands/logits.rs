@@ -8,7 +8,6 @@ use clap::Args;
 
 use crate::exit::Outcome;
 use crate::flags::EngineArgs;
-use crate::interrupt::Interrupt;
 use crate::term::{Style, Term, printable};
 
 const EXAMPLES: &str = "\
@@ -44,8 +43,7 @@ pub(crate) struct LogitsArgs {
 
 /// Computes and prints.
 pub(crate) fn run(args: LogitsArgs, term: &Term) -> anyhow::Result<Outcome> {
-    let _interrupt = Interrupt::install()?;
-    let (engine, model) = args.engine.load_with(&args.model, Some(KvType::F32), term)?;
+    let (engine, model) = args.engine.load_with_kv(&args.model, KvType::F32, term)?;
     let n_tokens = args.ids.len();
     let input = InferenceInput::Tokens(args.ids);
     let rows = match args.all {

@@ -4,13 +4,14 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::Context;
-use bitnet_inference::{BUILTIN_MODEL, GenerationOptions, Model};
+use bitnet_inference::{BUILTIN_MODEL, GenerationOptions, InferenceInput, Model};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::chat::conversation::Conversation;
 use crate::answer::{self, Answer};
 use crate::exit::{Outcome, Usage};
-use crate::flags::{EngineArgs, ModelArg, SamplingArgs, fresh_seed};
+use crate::flags::{DraftArg, EngineArgs, ModelArg, SamplingArgs, fresh_seed};
 use crate::interrupt::Interrupt;
 use crate::report;
 use crate::term::{Style, Term, printable};
@@ -18,6 +19,7 @@ use crate::term::{Style, Term, printable};
 const EXAMPLES: &str = "\
 Examples:
   bitnet run \"Once upon a time\"
+  bitnet run -m model.gguf --chat \"Why is the sky blue?\"
   bitnet run -m model.gguf --chat \"Why is the sky blue?\"
   bitnet run -m model.gguf --greedy -n 64 --file prompt.txt
   git diff | bitnet run -m model.gguf --json > answer.json
@@ -39,6 +41,12 @@ pub(crate) struct RunArgs {
     /// Read the prompt from a file
     #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
     file: Option<PathBuf>,
+    /// Treat the prompt as a question and use the model's chat template
+    #[arg(long)]
+    chat: bool,
+    /// Instructions before the question
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     json: bool,
@@ -52,6 +60,8 @@ pub(crate) struct RunArgs {
     sampling: SamplingArgs,
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    draft: DraftArg,
 }
 
 /// Reads the prompt, loads the model, streams the answer, says what it took.
@@ -66,18 +76,22 @@ pub(crate) fn run(args: RunArgs, term: &Term) -> anyhow::Result<Outcome> {
     options.validate().map_err(|error| Usage::error(error.to_string()))?;
 
     let interrupt = Interrupt::install()?;
-    let (engine, model) = args.engine.load(&args.model.model, term)?;
-    let stream = engine.stream(&model, prompt.as_str(), &options)?;
+    let (engine, model) = args.draft.load(&args.engine, &args.model.model, term)?;
+    let input = input(&args, &model, &prompt, &mut options, term)?;
+    let stream = engine.stream(&model, input, &options)?;
 
     let mut out = io::stdout().lock();
     let terminal = out.is_terminal();
-    if typed && !args.no_echo && !args.json {
+    if typed && !args.chat && !args.no_echo && !args.json {
         write!(out, "{}", term.out(Style::Prompt, &prompt))?;
         out.flush()?;
     }
+    let mut begun = !args.chat;
     let answer = answer::follow(stream, &interrupt, |chunk| {
-        if !args.json && !chunk.text.is_empty() {
-            let text = if terminal { printable(&chunk.text) } else { chunk.text.as_str().into() };
+        let text = if begun { &chunk.text } else { chunk.text.trim_start() };
+        if !args.json && !text.is_empty() {
+            begun = true;
+            let text = if terminal { printable(text) } else { text.into() };
             out.write_all(text.as_bytes())?;
             out.flush()?;
         }
@@ -99,11 +113,14 @@ pub(crate) fn run(args: RunArgs, term: &Term) -> anyhow::Result<Outcome> {
     Ok(if answer.interrupted() { Outcome::Interrupted } else { Outcome::Done })
 }
 
-/// The built-in model is small and tells stories: a cooler draw and a light penalty keep it on its
-/// path without making it recite.
+/// The built-in model is small: a cooler draw keeps its sentences whole, a light penalty keeps it
+/// from saying the same again.
 fn default_options(builtin: bool) -> GenerationOptions {
     let options = GenerationOptions::default().max_tokens(DEFAULT_MAX_TOKENS);
-    if builtin { options.temperature(0.7).repetition_penalty(1.1, 64) } else { options }
+    match builtin {
+        true => options.temperature(0.5).min_p(0.1).repetition_penalty(1.05, 64),
+        false => options,
+    }
 }
 
 /// The prompt, and whether it was typed as an argument.
@@ -143,6 +160,26 @@ fn non_empty(prompt: String) -> anyhow::Result<String> {
         true => Err(Usage::error("expected a prompt, got an empty text")),
         false => Ok(prompt),
     }
+}
+
+/// The prompt as it stands, or as a question in the model's chat format.
+fn input(
+    args: &RunArgs,
+    model: &Model,
+    prompt: &str,
+    options: &mut GenerationOptions,
+    term: &Term,
+) -> anyhow::Result<InferenceInput> {
+    if !args.chat {
+        return Ok(prompt.into());
+    }
+    let mut conversation = Conversation::new(model, args.system.clone());
+    if let Some(note) = conversation.note() {
+        term.note(note);
+    }
+    options.stop.extend(conversation.stop_strings());
+    conversation.ask(prompt);
+    conversation.prompt()
 }
 
 fn as_json(model: &Model, prompt: &str, options: &GenerationOptions, answer: &Answer) -> Value {

@@ -145,7 +145,7 @@ pub(crate) fn run(args: ServeArgs, term: &Term) -> anyhow::Result<Outcome> {
         LogFormatArg::Json => LogFormat::Json,
     };
     bitnet_server::init_logging(format, &args.log.log).map_err(|e| Usage::error(e.to_string()))?;
-    let mut engine_config = args.engine.config(args.limits.parallel, None);
+    let mut engine_config = args.engine.config(args.limits.parallel);
     engine_config.memory_pool_size = MemorySize::MB(args.limits.kv_memory);
     engine_config.max_cached_bytes = MemorySize::MB(args.limits.model_memory);
     engine_config.max_waiting = args.limits.max_requests;
