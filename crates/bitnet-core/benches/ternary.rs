@@ -4,7 +4,7 @@
 //! `cargo bench -p bitnet-core --bench ternary -- matrix-vector/avx512vnni`
 
 use bitnet_core::cpu::linear::{CpuLinear, Scratch, project};
-use bitnet_core::kernels::{Kernels, PackedTernary, Tiles, TokenCodes, WeightMemory};
+use bitnet_core::kernels::{Kernels, PackedTernary, Packing, Tiles, TokenCodes, WeightMemory};
 use bitnet_core::threads::ThreadPool;
 use bitnet_core::weights::{
     ActivationQuant, LinearWeights, Matrix, NormWeights, Scales, TernaryRows,
@@ -61,20 +61,28 @@ struct Case {
 impl Case {
     fn new(rows: usize, cols: usize, n_tokens: usize, kernels: &'static Kernels) -> Self {
         let mut memory = WeightMemory::new();
-        let packed = PackedTernary::new(&trits(rows, cols), kernels, &one_thread(), &mut memory)
-            .expect("the matrix fits into memory");
-        let tokens = (0..n_tokens * cols).map(|i| (i * 97) as i8).collect();
+        let packed = PackedTernary::new(
+            &trits(rows, cols),
+            kernels.packing(),
+            kernels,
+            &one_thread(),
+            &mut memory,
+        )
+        .expect("the matrix fits into memory");
+        let tokens = (0..n_tokens * packed.padded_cols()).map(|i| (i * 97) as i8).collect();
         let sums = vec![0; packed.n_tiles() * n_tokens * 16];
         Self { packed, tokens, n_tokens, sums }
     }
 
     fn run(&mut self, kernels: &Kernels) {
-        let (steps, stride) = (self.packed.steps(), self.packed.padded_cols());
+        let (packing, steps) = (self.packed.packing(), self.packed.steps());
+        let stride = self.packed.padded_cols();
         let tokens = TokenCodes { codes: &self.tokens, stride, n_tokens: self.n_tokens };
         // As projections call it: some tiles at a time, so that the sums stay near.
         for (i, sums) in self.sums.chunks_mut(16 * self.n_tokens * 16).enumerate() {
             let tiles = i * 16..self.packed.n_tiles().min((i + 1) * 16);
-            let tiles = Tiles { codes: self.packed.tiles(tiles), steps, group_steps: steps };
+            let codes = self.packed.tiles(tiles);
+            let tiles = Tiles { codes, packing, steps, group_steps: steps };
             kernels.products(&tiles, &tokens, sums);
         }
     }
@@ -163,10 +171,15 @@ fn around(c: &mut Criterion) {
         group.bench_function("quantize", |b| {
             b.iter(|| kernels.quantize(&x, n, n, &mut codes, &mut scales, &mut sums));
         });
-        let unpacked = vec![1; 16 * n];
-        let mut tile = vec![0; 4 * n];
-        group.throughput(Throughput::Elements(16 * n as u64));
-        group.bench_function("pack", |b| b.iter(|| kernels.pack_tile(&unpacked, &mut tile)));
+        for packing in [Packing::Codes, Packing::Trits] {
+            let steps = n / packing.step_cols();
+            let unpacked = vec![1; 16 * steps * packing.step_cols()];
+            let mut tile = vec![0; 64 * steps];
+            group.throughput(Throughput::Elements(unpacked.len() as u64));
+            group.bench_function(format!("pack-{packing:?}"), |b| {
+                b.iter(|| kernels.pack_tile(packing, &unpacked, &mut tile));
+            });
+        }
         group.finish();
     }
 }

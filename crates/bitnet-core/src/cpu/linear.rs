@@ -8,23 +8,24 @@
 
 use crate::backend::Activation;
 use crate::cpu::input::{Inputs, Prepared};
+use crate::cpu::scales::{pad_rows, scales_from, tile_scales};
 use crate::error::{Error, Result};
 use crate::kernels::{
-    FloatMatrix, Kernels, PackedTernary, Rescale, STEP_COLS, TILE_ROWS, Tiles, WeightMemory,
-    WeightScales,
+    FloatMatrix, Kernels, PackedTernary, Packing, Rescale, STEP_COLS, TILE_ROWS, Tiles,
+    WeightMemory,
 };
 use crate::threads::{Parts, ThreadPool, share};
-use crate::weights::{ActivationQuant, LinearWeights, Matrix, NormWeights, Scales, TernaryRows};
+use crate::weights::{ActivationQuant, LinearWeights, Matrix, NormWeights, Scales};
 use std::ops::Range;
 
 pub use crate::cpu::input::Scratch;
 
 /// Projections that one region computes together; more are done in several regions.
 const MAX_SHARED: usize = 4;
-/// Tiles of one call of a kernel.
-const BLOCK_TILES: usize = 16;
-/// Integer sums of one call of a kernel: 64 KiB of them.
-const BLOCK_SUMS: usize = 16 * 1024;
+/// Integer sums of one call of a kernel that stay in the first-level cache.
+const BLOCK_SUMS: usize = 4 * 1024;
+/// Most tiles of one call of a kernel.
+const BLOCK_TILES: usize = 32;
 /// Bytes of quantized tokens that stay in the second-level cache while weights pass by.
 const BLOCK_TOKEN_BYTES: usize = 384 * 1024;
 
@@ -72,7 +73,11 @@ impl CpuLinear {
         let layout = match &weights.matrix {
             Matrix::Ternary { weights, activations } => {
                 let scales = tile_scales(&**weights, *activations)?;
-                let codes = PackedTernary::new(&**weights, kernels, pool, memory)?;
+                // Groups of columns with scales of their own are whole steps of codes, not of trits.
+                let one_sum = *activations == ActivationQuant::PerToken
+                    && !matches!(scales, Scales::Group { .. });
+                let packing = if one_sum { kernels.packing() } else { Packing::Codes };
+                let codes = PackedTernary::new(&**weights, packing, kernels, pool, memory)?;
                 weights.release();
                 Weights::Ternary { codes, scales, activations: *activations }
             }
@@ -157,11 +162,12 @@ impl CpuLinear {
                 },
             ) => {
                 let steps = codes.steps();
-                let group_steps = self
-                    .quantization()
-                    .map_or(steps, |(_, sum_cols)| sum_cols.div_ceil(STEP_COLS).min(steps));
+                let sum_cols = self.quantization().map_or(self.cols, |(_, sum_cols)| sum_cols);
+                let group_steps = if *n_groups == 1 { steps } else { sum_cols / STEP_COLS };
                 sums.resize(y.len() * n_groups, 0);
-                let weights = Tiles { codes: codes.tiles(tiles.clone()), steps, group_steps };
+                let packing = codes.packing();
+                let weights =
+                    Tiles { codes: codes.tiles(tiles.clone()), packing, steps, group_steps };
                 kernels.products(&weights, tokens, sums);
                 let job = Rescale {
                     sums,
@@ -170,7 +176,7 @@ impl CpuLinear {
                     code_sums,
                     token_scales,
                     scale_per_group: *scale_per_group,
-                    weights: scales_from(scales, tiles.start, self.cols, group_steps * STEP_COLS),
+                    weights: scales_from(scales, tiles.start, self.cols, sum_cols),
                 };
                 kernels.rescale(&job, y);
             }
@@ -192,15 +198,28 @@ impl CpuLinear {
         }
     }
 
-    /// Tokens of one block: few enough for the caches, the more the better for the weights.
+    /// Integer sums of each row and token.
+    fn n_groups(&self) -> usize {
+        self.quantization().map_or(1, |(_, sum_cols)| self.cols.div_ceil(sum_cols))
+    }
+
+    /// Tokens of one block: as many as the caches hold, for each uses the weights once more.
     fn block_tokens(&self) -> usize {
-        let n_groups = match self.quantization() {
-            Some((_, sum_cols)) => self.cols.div_ceil(sum_cols),
-            None => 1,
-        };
-        let by_sums = BLOCK_SUMS / (BLOCK_TILES * TILE_ROWS * n_groups);
         let by_bytes = BLOCK_TOKEN_BYTES / self.cols;
-        by_sums.min(by_bytes).max(1)
+        let by_sums = 4 * BLOCK_SUMS / (2 * TILE_ROWS * self.n_groups());
+        by_bytes.min(by_sums).max(1)
+    }
+
+    /// Cuts a range of tiles into what one call of a kernel takes: an even number of tiles, because
+    /// kernels like pairs.
+    fn blocks(
+        &self,
+        tiles: Range<usize>,
+        n_tokens: usize,
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        let by_sums = BLOCK_SUMS / (n_tokens * TILE_ROWS * self.n_groups()) / 2 * 2;
+        let n = by_sums.clamp(2, BLOCK_TILES);
+        tiles.clone().step_by(n).map(move |at| at..tiles.end.min(at + n))
     }
 }
 
@@ -225,9 +244,8 @@ pub fn project(
     while let Some(first) = linears.get(start) {
         let more = linears[start..].iter().take(MAX_SHARED);
         let end = start + more.take_while(|linear| linear.shares_input_with(first)).count();
-        let store = |out: &mut [f32], y: &[f32]| out.copy_from_slice(y);
         let (linears, outs) = (&linears[start..end], &mut outs[start..end]);
-        run(pool, kernels, scratch, x, n_tokens, norm, linears, outs, &store)?;
+        run(pool, kernels, scratch, x, n_tokens, norm, linears, outs, set)?;
         start = end;
     }
     Ok(())
@@ -247,8 +265,7 @@ pub fn project_add(
     linear: &CpuLinear,
     acc: &mut [f32],
 ) -> Result<()> {
-    let store = |acc: &mut [f32], y: &[f32]| acc.iter_mut().zip(y).for_each(|(acc, y)| *acc += y);
-    run(pool, kernels, scratch, x, n_tokens, norm, &[linear], &mut [acc], &store)
+    run(pool, kernels, scratch, x, n_tokens, norm, &[linear], &mut [acc], add)
 }
 
 /// `out = activation(gate(norm(x))) · up(norm(x))` for `x` `(n_tokens, cols)` and `out`
@@ -281,12 +298,11 @@ pub fn gated(
     pool.run(&|thread| {
         let tiles = share(gate.n_tiles(), pool.threads(), thread);
         inputs.for_blocks(thread, gate.block_tokens(), |first, input, work| {
-            for tiles in blocks(tiles.clone()) {
+            for tiles in gate.blocks(tiles.clone(), input.n_tokens()) {
                 gate.products(kernels, tiles.clone(), input, &mut work.sums, &mut work.y);
                 up.products(kernels, tiles.clone(), input, &mut work.sums, &mut work.up);
                 kernels.gate(activation, &mut work.y, &work.up);
-                let store = |out: &mut [f32], y: &[f32]| out.copy_from_slice(y);
-                write_tiles(&work.y, tiles, gate.rows, first, input.n_tokens(), &out, &store);
+                write_tiles(&work.y, tiles, gate.rows, first, input.n_tokens(), &out, set);
             }
         });
     });
@@ -330,7 +346,7 @@ fn run(
     norm: Option<&NormWeights>,
     linears: &[&CpuLinear],
     outs: &mut [&mut [f32]],
-    store: &(dyn Fn(&mut [f32], &[f32]) + Sync),
+    store: impl Fn(&mut [f32], &[f32]) + Sync + Copy,
 ) -> Result<()> {
     for (linear, out) in linears.iter().zip(&*outs) {
         check(x, n_tokens, norm, linear, out)?;
@@ -347,7 +363,7 @@ fn run(
                 let n = linear.n_tiles();
                 let tiles = mine.start.clamp(before, before + n) - before
                     ..mine.end.clamp(before, before + n) - before;
-                for tiles in blocks(tiles) {
+                for tiles in linear.blocks(tiles, input.n_tokens()) {
                     linear.products(kernels, tiles.clone(), input, &mut work.sums, &mut work.y);
                     write_tiles(&work.y, tiles, linear.rows, first, input.n_tokens(), out, store);
                 }
@@ -358,9 +374,15 @@ fn run(
     Ok(())
 }
 
-/// Cuts a range of tiles into what one call of a kernel takes.
-fn blocks(tiles: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    tiles.clone().step_by(BLOCK_TILES).map(move |at| at..tiles.end.min(at + BLOCK_TILES))
+/// The two ways a result reaches its place.
+#[inline(always)]
+fn set(out: &mut [f32], y: &[f32]) {
+    out.copy_from_slice(y);
+}
+
+#[inline(always)]
+fn add(acc: &mut [f32], y: &[f32]) {
+    acc.iter_mut().zip(y).for_each(|(acc, y)| *acc += y);
 }
 
 /// Brings tile-major results to their rows of `out` `(…, rows)`, from token `first` on.
@@ -371,7 +393,7 @@ fn write_tiles(
     first: usize,
     n_tokens: usize,
     out: &Parts<'_, f32>,
-    store: &(dyn Fn(&mut [f32], &[f32]) + Sync),
+    store: impl Fn(&mut [f32], &[f32]) + Sync + Copy,
 ) {
     if n_tokens == 1 {
         // Consecutive tiles of one token are consecutive outputs.
@@ -386,7 +408,11 @@ fn write_tiles(
             let at = (first + token) * rows;
             // SAFETY: as above.
             let out = unsafe { out.part(at + start..at + end) };
-            store(out, &y[..end - start]);
+            match (out.as_chunks_mut::<TILE_ROWS>(), y.as_chunks::<TILE_ROWS>()) {
+                // A length the compiler knows is one store instead of a call.
+                (([out], []), ([y], [])) => store(out, y),
+                _ => store(out, &y[..end - start]),
+            }
         }
     }
 }
@@ -418,69 +444,5 @@ fn check(
             Err(Error::shape("norm before a projection", cols, norm.weight.len()))
         }
         _ => Ok(()),
-    }
-}
-
-fn pad_rows(values: &[f32]) -> Vec<f32> {
-    let mut padded = values.to_vec();
-    padded.resize(values.len().next_multiple_of(TILE_ROWS), 0.0);
-    padded
-}
-
-/// The scales of `weights` in the order of tiles, checked against its shape and `activations`.
-fn tile_scales(weights: &dyn TernaryRows, activations: ActivationQuant) -> Result<Scales> {
-    let (rows, cols) = (weights.rows(), weights.cols());
-    let bad_group = |group: usize| group == 0 || !group.is_multiple_of(STEP_COLS);
-    if let ActivationQuant::PerGroup(group) = activations
-        && bad_group(group)
-    {
-        let reason = format!("{group} is not a multiple of {STEP_COLS}");
-        return Err(Error::invalid("group of activations", reason));
-    }
-    match weights.scales() {
-        Scales::Tensor(scale) => Ok(Scales::Tensor(*scale)),
-        Scales::Row(values) if values.len() == rows => Ok(Scales::Row(pad_rows(values))),
-        Scales::Row(values) => Err(Error::shape("scales of rows", rows, values.len())),
-        Scales::Group { group, .. } if bad_group(*group) => {
-            let reason = format!("{group} is not a multiple of {STEP_COLS}");
-            Err(Error::invalid("group of weights", reason))
-        }
-        Scales::Group { group, values } => {
-            let n_groups = cols.div_ceil(*group);
-            if rows.checked_mul(n_groups) != Some(values.len()) {
-                let expected = format!("{rows} × {n_groups}");
-                return Err(Error::shape("scales of groups", expected, values.len()));
-            }
-            if let ActivationQuant::PerGroup(inner) = activations
-                && !group.is_multiple_of(inner)
-            {
-                let reason = format!("{inner} does not divide the weights' group of {group}");
-                return Err(Error::invalid("group of activations", reason));
-            }
-            let mut tiled = vec![0.0; rows.next_multiple_of(TILE_ROWS) * n_groups];
-            for (row, values) in values.chunks_exact(n_groups).enumerate() {
-                let tile = row / TILE_ROWS * n_groups * TILE_ROWS + row % TILE_ROWS;
-                for (g, &value) in values.iter().enumerate() {
-                    tiled[tile + g * TILE_ROWS] = value;
-                }
-            }
-            Ok(Scales::Group { group: *group, values: tiled })
-        }
-    }
-}
-
-/// The scales from tile `first` on, as the kernels read them.
-fn scales_from(scales: &Scales, first: usize, cols: usize, sum_cols: usize) -> WeightScales<'_> {
-    match scales {
-        Scales::Tensor(scale) => WeightScales::Tensor(*scale),
-        Scales::Row(values) => WeightScales::Row(&values[first * TILE_ROWS..]),
-        Scales::Group { group, values } => {
-            let n_weight_groups = cols.div_ceil(*group);
-            WeightScales::Group {
-                values: &values[first * n_weight_groups * TILE_ROWS..],
-                n_weight_groups,
-                sum_groups: (group / sum_cols).max(1),
-            }
-        }
     }
 }

@@ -13,6 +13,7 @@ mod kv;
 pub mod linear;
 pub mod math;
 mod rope;
+mod scales;
 mod shortlist;
 mod store;
 #[cfg(test)]

@@ -311,7 +311,10 @@ unsafe fn block<L, N, const BYTES: usize, const ROWS: usize, const TOKENS: usize
         let mut sums = [[L::zero(); ROWS]; TOKENS];
         let whole = cols / LANES;
         for i in 0..whole {
-            let x = tokens.map(|x| L::f32s(&*x.as_ptr().add(i * LANES).cast()));
+            let mut x = [L::zero(); TOKENS];
+            for t in 0..TOKENS {
+                x[t] = L::f32s(&*tokens[t].as_ptr().add(i * LANES).cast());
+            }
             for r in 0..ROWS {
                 let address = rows[r].as_ptr().add(i * BYTES);
                 // The next rows at the same columns: a whole block of rows to be read meanwhile.
@@ -324,11 +327,12 @@ unsafe fn block<L, N, const BYTES: usize, const ROWS: usize, const TOKENS: usize
         }
         if whole * LANES < cols {
             // Idle lanes add 0 · 0 to a sum that is never −0, which changes nothing.
-            let x = tokens.map(|x| {
+            let mut x = [L::zero(); TOKENS];
+            for t in 0..TOKENS {
                 let mut padded = [0.0f32; LANES];
-                padded[..cols % LANES].copy_from_slice(&x[whole * LANES..]);
-                L::f32s(&*padded.as_ptr().cast())
-            });
+                padded[..cols % LANES].copy_from_slice(&tokens[t][whole * LANES..]);
+                x[t] = L::f32s(&*padded.as_ptr().cast());
+            }
             for r in 0..ROWS {
                 let mut padded = [0; BYTES];
                 let rest = &rows[r][whole * BYTES..];

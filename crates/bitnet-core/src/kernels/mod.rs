@@ -25,7 +25,7 @@ mod x86_64;
 pub use float::{FloatMatrix, FloatTile};
 pub(crate) use memory::Block;
 pub use memory::{BLOCK_ALIGN, WeightMemory};
-pub use packed::{PackedTernary, STEP_BYTES, STEP_COLS, TILE_ROWS};
+pub use packed::{PackedTernary, Packing, STEP_BYTES, STEP_COLS, TILE_ROWS};
 pub(crate) use quantized::{Grouping, QuantizedTokens};
 pub use quantized::{Rescale, TokenCodes, WeightScales};
 
@@ -58,9 +58,11 @@ pub(crate) fn prefetch(address: *const u8) {
 /// Consecutive tiles of a ternary matrix.
 #[derive(Debug, Clone, Copy)]
 pub struct Tiles<'a> {
-    /// Their bytes in the R16 layout, [`STEP_BYTES`]` · steps` for each tile.
+    /// Their bytes, [`STEP_BYTES`]` · steps` for each tile.
     pub codes: &'a [u8],
-    /// Steps of 16 columns in a tile.
+    /// How many weights share a byte.
+    pub packing: Packing,
+    /// Steps in a tile.
     pub steps: usize,
     /// Steps whose products are summed together; `steps` where the whole row is.
     pub group_steps: usize,
@@ -103,6 +105,8 @@ pub struct Kernels {
     norm: NormFn,
     gate: GateFn,
     pack_tile: PackTileFn,
+    /// The two functions of [`Packing::Trits`], where unpacking it costs less than it saves.
+    trits: Option<(ProductsFn, PackTileFn)>,
     float_products: FloatFn,
     byte_products: BytesFn,
     attention: &'static AttentionKernels,
@@ -111,6 +115,8 @@ pub struct Kernels {
 
 /// Every set compiled for this architecture, fastest first. Private: see [`Kernels::available`].
 static KNOWN: &[&Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    &x86_64::AVX512VBMI,
     #[cfg(target_arch = "x86_64")]
     &x86_64::AVX512VNNI,
     #[cfg(target_arch = "x86_64")]
@@ -135,6 +141,7 @@ static SCALAR: Kernels = Kernels {
     norm: scalar::norm,
     gate: scalar::gate,
     pack_tile: scalar::pack_tile,
+    trits: None,
     float_products: scalar::float_products,
     byte_products: scalar::byte_products,
     attention: &attend::PORTABLE,
@@ -192,16 +199,21 @@ impl Kernels {
     pub fn products(&self, tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
         assert!(tiles.steps > 0 && tiles.group_steps > 0);
         assert_eq!(tiles.codes.len() % (tiles.steps * STEP_BYTES), 0);
-        assert!(tokens.stride >= tiles.steps * STEP_COLS);
+        assert!(tokens.stride >= tiles.steps * tiles.packing.step_cols());
         assert!(tokens.codes.len() >= tokens.n_tokens * tokens.stride);
         let n_sums = tiles.n_tiles() * tokens.n_tokens * tiles.n_groups() * TILE_ROWS;
         assert_eq!(sums.len(), n_sums);
         if n_sums == 0 {
             return;
         }
+        let products = match (tiles.packing, self.trits) {
+            (Packing::Codes, _) => self.products,
+            (Packing::Trits, Some((products, _))) => products,
+            (Packing::Trits, None) => scalar::trit_products,
+        };
         // SAFETY: the CPU has the features, as `available` saw to; the lengths are as the kernels
         // of every set assume: checked above.
-        unsafe { (self.products)(tiles, tokens, sums) }
+        unsafe { products(tiles, tokens, sums) }
     }
 
     /// Turns the sums of [`Kernels::products`] into outputs: `out[(tile · n_tokens + token) · 16 +
@@ -258,14 +270,27 @@ impl Kernels {
         unsafe { (self.gate)(activation, gate, up) }
     }
 
-    /// Packs 16 rows of codes, `(16, 16 · steps)`, one a byte, into a tile of `64 · steps` bytes.
+    /// The packing these kernels multiply fastest with where a row has a single scale.
+    pub fn packing(&self) -> Packing {
+        if self.trits.is_some() { Packing::Trits } else { Packing::Codes }
+    }
+
+    /// Packs 16 rows of codes, `(16, step_cols · steps)`, one a byte, into a tile of `64 · steps`
+    /// bytes.
     ///
     /// # Panics
     /// If the lengths of the slices do not fit together.
-    pub fn pack_tile(&self, codes: &[u8], out: &mut [u8]) {
-        assert!(codes.len() == 4 * out.len() && out.len().is_multiple_of(STEP_BYTES));
+    pub fn pack_tile(&self, packing: Packing, codes: &[u8], out: &mut [u8]) {
+        let steps = out.len() / STEP_BYTES;
+        assert_eq!(out.len(), steps * STEP_BYTES);
+        assert_eq!(codes.len(), TILE_ROWS * steps * packing.step_cols());
+        let pack = match (packing, self.trits) {
+            (Packing::Codes, _) => self.pack_tile,
+            (Packing::Trits, Some((_, pack))) => pack,
+            (Packing::Trits, None) => scalar::pack_trits,
+        };
         // SAFETY: the CPU has the features, as `available` saw to; lengths checked above.
-        unsafe { (self.pack_tile)(codes, out) }
+        unsafe { pack(codes, out) }
     }
 
     /// Dot products of up to 16 float rows with `n_tokens` tokens `(n_tokens, cols)`:

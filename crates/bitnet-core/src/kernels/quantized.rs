@@ -1,7 +1,7 @@
 //! What stands on the two sides of an integer product: quantized activations going in, and the
 //! description of how sums become floats coming out. Holds no loops; the kernels do.
 
-use super::{Kernels, STEP_COLS, TILE_ROWS};
+use super::{Kernels, Packing, TILE_ROWS};
 
 /// Activations of some tokens, quantized to 8 bits: what the products read.
 #[derive(Debug, Clone, Copy)]
@@ -15,16 +15,20 @@ pub struct TokenCodes<'a> {
 }
 
 impl<'a> TokenCodes<'a> {
-    /// The 16 activations of a token at a step, four for each field of the codes.
+    /// The activations of a token at a step, four for each of the `FIELDS` fields of the codes.
     ///
     /// # Safety
-    /// `token` must be below `n_tokens`, and `(step + 1) · 16` at most `stride`, in a value that
-    /// [`Kernels::products`] has checked.
+    /// `token` must be below `n_tokens`, and `(step + 1) · 4 · FIELDS` at most `stride`, in a value
+    /// that [`Kernels::products`] has checked.
     #[inline(always)]
     #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(dead_code))]
-    pub(super) unsafe fn columns(&self, token: usize, step: usize) -> &'a [[i8; 4]; 4] {
-        let at = token * self.stride + step * STEP_COLS;
-        debug_assert!(at + STEP_COLS <= self.codes.len());
+    pub(super) unsafe fn columns<const FIELDS: usize>(
+        &self,
+        token: usize,
+        step: usize,
+    ) -> &'a [[i8; 4]; FIELDS] {
+        let at = token * self.stride + step * 4 * FIELDS;
+        debug_assert!(at + 4 * FIELDS <= self.codes.len());
         // SAFETY: in bounds by the caller's promise; bytes need no alignment.
         unsafe { &*self.codes.as_ptr().add(at).cast() }
     }
@@ -56,9 +60,12 @@ pub(crate) struct Grouping {
 impl QuantizedTokens {
     /// Makes room for `n_tokens` tokens; what was there is gone.
     pub(crate) fn resize(&mut self, n_tokens: usize, grouping: Grouping) {
-        self.stride = grouping.cols.next_multiple_of(STEP_COLS);
+        // Whole steps, whatever the packing of the weights.
+        let steps =
+            [Packing::Codes, Packing::Trits].map(|p| grouping.cols.next_multiple_of(p.step_cols()));
+        self.stride = steps[0].max(steps[1]);
         // Tokens a multiple of 4 KiB apart would compete for the same few lines of the L1 cache.
-        if n_tokens > 1 && self.stride.is_multiple_of(1024) {
+        if self.stride.is_multiple_of(1024) {
             self.stride += 64;
         }
         self.n_scales = grouping.cols.div_ceil(grouping.scale_cols);

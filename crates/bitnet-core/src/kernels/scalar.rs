@@ -8,7 +8,7 @@
 
 use super::float::{FloatTile, Number};
 use super::quantized::{Rescale, TokenCodes, WeightScales};
-use super::{STEP_BYTES, STEP_COLS, TILE_ROWS, Tiles};
+use super::{Packing, STEP_BYTES, STEP_COLS, TILE_ROWS, Tiles};
 use crate::backend::Activation;
 use crate::cpu::math;
 use crate::weights::{FloatType, NormWeights};
@@ -16,11 +16,25 @@ use std::hint::black_box;
 
 /// Sums of `code · activation`, one for each group, token and row.
 pub(super) fn products(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+    products_with(tiles, tokens, sums, add_codes);
+}
+
+/// [`products`] of trits.
+pub(super) fn trit_products(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+    products_with(tiles, tokens, sums, add_trits);
+}
+
+fn products_with<const COLS: usize>(
+    tiles: &Tiles<'_>,
+    tokens: &TokenCodes<'_>,
+    sums: &mut [i32],
+    add_step: impl Fn(&[u8; STEP_BYTES], &[i8; COLS], &mut [i32; TILE_ROWS]),
+) {
     let mut sums = sums.as_chunks_mut::<TILE_ROWS>().0.iter_mut();
     for tile in tiles.codes.chunks_exact(tiles.steps * STEP_BYTES) {
         for token in tokens.codes.chunks_exact(tokens.stride).take(tokens.n_tokens) {
             let group = tile.chunks(tiles.group_steps * STEP_BYTES);
-            for (tile, token) in group.zip(token.chunks(tiles.group_steps * STEP_COLS)) {
+            for (tile, token) in group.zip(token.chunks(tiles.group_steps * COLS)) {
                 let Some(sums) = sums.next() else { return };
                 *sums = [0; TILE_ROWS];
                 let (steps, columns) = (tile.as_chunks::<STEP_BYTES>().0, token.as_chunks().0);
@@ -34,7 +48,7 @@ pub(super) fn products(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i
 
 /// Adds 16 columns of 16 rows.
 #[inline(always)]
-fn add_step(step: &[u8; STEP_BYTES], x: &[i8; STEP_COLS], sums: &mut [i32; TILE_ROWS]) {
+fn add_codes(step: &[u8; STEP_BYTES], x: &[i8; STEP_COLS], sums: &mut [i32; TILE_ROWS]) {
     for (sum, word) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
         let word = u32::from_le_bytes(*word);
         for field in 0..4 {
@@ -46,39 +60,69 @@ fn add_step(step: &[u8; STEP_BYTES], x: &[i8; STEP_COLS], sums: &mut [i32; TILE_
     }
 }
 
+/// Adds 20 columns of 16 rows.
+fn add_trits(
+    step: &[u8; STEP_BYTES],
+    x: &[i8; Packing::Trits.step_cols()],
+    sums: &mut [i32; TILE_ROWS],
+) {
+    for (sum, word) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
+        for (byte, &digits) in word.iter().enumerate() {
+            let mut digits = digits;
+            for field in 0..5 {
+                *sum += i32::from(digits % 3) * i32::from(x[4 * field + byte]);
+                digits /= 3;
+            }
+        }
+    }
+}
+
 /// See [`Rescale`].
 #[inline(always)]
 pub(super) fn rescale(job: &Rescale<'_>, out: &mut [f32]) {
-    let n_groups = job.n_groups;
-    let sums = job.sums.as_chunks::<TILE_ROWS>().0;
-    let out = out.as_chunks_mut::<TILE_ROWS>().0;
-    for (i, (out, sums)) in out.iter_mut().zip(sums.chunks_exact(n_groups)).enumerate() {
-        let (tile, token) = (i / job.n_tokens, i % job.n_tokens);
-        let code_sums = &job.code_sums[token * n_groups..][..n_groups];
-        let mut y = [0.0; TILE_ROWS];
-        for (group, (sums, &code_sum)) in sums.iter().zip(code_sums).enumerate() {
-            let weights = match job.weights {
-                WeightScales::Tensor(scale) => &[scale; TILE_ROWS],
-                WeightScales::Row(values) => &values.as_chunks::<TILE_ROWS>().0[tile],
-                WeightScales::Group { values, n_weight_groups, sum_groups } => {
-                    let at = tile * n_weight_groups + group / sum_groups;
-                    &values.as_chunks::<TILE_ROWS>().0[at]
-                }
-            };
-            for r in 0..TILE_ROWS {
-                let mut term = (sums[r] - code_sum) as f32 * weights[r];
-                if job.scale_per_group {
-                    term *= job.token_scales[token * n_groups + group];
-                }
-                y[r] += term;
-            }
+    match job.weights {
+        WeightScales::Tensor(scale) => rescale_with(job, out, |_, _| [scale; TILE_ROWS]),
+        WeightScales::Row(values) => {
+            let values = values.as_chunks::<TILE_ROWS>().0;
+            rescale_with(job, out, |tile, _| values[tile]);
         }
-        if !job.scale_per_group {
-            for y in &mut y {
-                *y *= job.token_scales[token];
-            }
+        WeightScales::Group { values, n_weight_groups, sum_groups } => {
+            let values = values.as_chunks::<TILE_ROWS>().0;
+            let at = |tile, group| tile * n_weight_groups + group / sum_groups;
+            rescale_with(job, out, |tile, group| values[at(tile, group)]);
         }
-        *out = y;
+    }
+}
+
+/// [`rescale`] with `weights(tile, group)` the scales of 16 rows.
+#[inline(always)]
+fn rescale_with(
+    job: &Rescale<'_>,
+    out: &mut [f32],
+    weights: impl Fn(usize, usize) -> [f32; TILE_ROWS],
+) {
+    let Rescale { n_tokens, n_groups, code_sums, token_scales, .. } = *job;
+    let sums = job.sums.as_chunks::<TILE_ROWS>().0.chunks_exact(n_tokens * n_groups);
+    let out = out.as_chunks_mut::<TILE_ROWS>().0.chunks_exact_mut(n_tokens);
+    for (tile, (sums, out)) in sums.zip(out).enumerate() {
+        let tokens = sums.chunks_exact(n_groups).zip(code_sums.chunks_exact(n_groups));
+        for (token, (out, (sums, code_sums))) in out.iter_mut().zip(tokens).enumerate() {
+            let mut y = [0.0; TILE_ROWS];
+            for (group, (sums, code_sum)) in sums.iter().zip(code_sums).enumerate() {
+                let weights = weights(tile, group);
+                for r in 0..TILE_ROWS {
+                    let mut term = (sums[r] - code_sum) as f32 * weights[r];
+                    if job.scale_per_group {
+                        term *= token_scales[token * n_groups + group];
+                    }
+                    y[r] += term;
+                }
+            }
+            if !job.scale_per_group {
+                y = y.map(|y| y * token_scales[token]);
+            }
+            *out = y;
+        }
     }
 }
 
@@ -186,6 +230,20 @@ pub(super) fn pack_tile(codes: &[u8], out: &mut [u8]) {
     }
 }
 
+/// Packs 16 rows of codes 0–2 into a tile of trits.
+pub(super) fn pack_trits(codes: &[u8], out: &mut [u8]) {
+    const COLS: usize = Packing::Trits.step_cols();
+    let cols = codes.len() / TILE_ROWS;
+    for (i, step) in out.as_chunks_mut::<STEP_BYTES>().0.iter_mut().enumerate() {
+        for (r, word) in step.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let columns = &codes[r * cols + i * COLS..][..COLS];
+            for (b, byte) in word.iter_mut().enumerate() {
+                *byte = (0..5).rev().fold(0, |digits, field| digits * 3 + columns[4 * field + b]);
+            }
+        }
+    }
+}
+
 /// Dot products of float rows.
 pub(super) fn float_products(tile: &FloatTile<'_>, x: &[f32], n_tokens: usize, out: &mut [f32]) {
     match tile.dtype {
@@ -232,7 +290,7 @@ pub(super) fn mac_loop(rounds: u64) -> u64 {
     let (step, x) = (black_box([0x55; STEP_BYTES]), black_box([1; STEP_COLS]));
     let mut sums = [0; TILE_ROWS];
     for _ in 0..rounds {
-        add_step(&step, black_box(&x), &mut sums);
+        add_codes(&step, black_box(&x), &mut sums);
         // Keeps the sums far from overflowing.
         sums = sums.map(|sum| sum & 0xffff);
     }

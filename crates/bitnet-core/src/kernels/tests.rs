@@ -33,23 +33,41 @@ fn others() -> impl Iterator<Item = &'static Kernels> {
 }
 
 /// Codes `(rows, cols)` packed into tiles by the scalar set.
-fn pack(codes: &[u8], rows: usize, cols: usize) -> Vec<u8> {
-    let stride = cols.next_multiple_of(STEP_COLS);
+fn pack(packing: Packing, codes: &[u8], rows: usize, cols: usize) -> Vec<u8> {
+    let stride = cols.next_multiple_of(packing.step_cols());
     let mut tiles = Vec::new();
     for first in (0..rows).step_by(TILE_ROWS) {
         let mut padded = vec![0; TILE_ROWS * stride];
         for (row, out) in (first..rows).zip(padded.chunks_exact_mut(stride)) {
             out[..cols].copy_from_slice(&codes[row * cols..][..cols]);
         }
-        let mut tile = vec![0; TILE_ROWS * stride / 4];
-        SCALAR.pack_tile(&padded, &mut tile);
+        let mut tile = vec![0; stride / packing.step_cols() * STEP_BYTES];
+        SCALAR.pack_tile(packing, &padded, &mut tile);
         tiles.extend(tile);
     }
     tiles
 }
 
+const PACKINGS: [Packing; 2] = [Packing::Codes, Packing::Trits];
+
+fn largest_code(packing: Packing) -> u32 {
+    match packing {
+        Packing::Codes => 3,
+        Packing::Trits => 2,
+    }
+}
+
+/// Runs a case of each packing on every set of kernels.
+fn check_all(case: impl Fn(Packing) -> Case) {
+    for packing in PACKINGS {
+        let case = case(packing);
+        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+    }
+}
+
 /// A case of `Kernels::products`, with the sums it must give.
 struct Case {
+    packing: Packing,
     tiles: Vec<u8>,
     steps: usize,
     group_steps: usize,
@@ -60,8 +78,8 @@ struct Case {
 }
 
 impl Case {
-    /// Columns are padded with code 3, which nothing may see, unless an activation is not 0 there.
     fn new(
+        packing: Packing,
         n_tiles: usize,
         steps: usize,
         group_steps: usize,
@@ -69,7 +87,8 @@ impl Case {
         mut code: impl FnMut(usize, usize) -> u8,
         mut activation: impl FnMut(usize, usize) -> i8,
     ) -> Self {
-        let (rows, cols) = (n_tiles * TILE_ROWS, steps * STEP_COLS);
+        let step_cols = packing.step_cols();
+        let (rows, cols) = (n_tiles * TILE_ROWS, steps * step_cols);
         let codes: Vec<u8> = (0..rows * cols).map(|i| code(i / cols, i % cols)).collect();
         let stride = cols + 64;
         // Beyond the columns of a token lies what a kernel must not read.
@@ -82,18 +101,19 @@ impl Case {
         for row in 0..rows {
             for t in 0..n_tokens {
                 for c in 0..cols {
-                    let group = c / (group_steps * STEP_COLS);
+                    let group = c / (group_steps * step_cols);
                     let at = ((row / TILE_ROWS * n_tokens + t) * n_groups + group) * TILE_ROWS;
                     want[at + row % TILE_ROWS] +=
                         i32::from(codes[row * cols + c]) * i32::from(tokens[t * stride + c]);
                 }
             }
         }
-        let tiles = pack(&codes, rows, cols);
-        Self { tiles, steps, group_steps, tokens, stride, n_tokens, want }
+        let tiles = pack(packing, &codes, rows, cols);
+        Self { packing, tiles, steps, group_steps, tokens, stride, n_tokens, want }
     }
 
     fn random(
+        packing: Packing,
         n_tiles: usize,
         steps: usize,
         group_steps: usize,
@@ -101,19 +121,20 @@ impl Case {
         seed: u64,
     ) -> Self {
         let (mut a, mut b) = (Random(seed), Random(!seed));
-        let code = |_, _| a.below(4) as u8;
-        Self::new(n_tiles, steps, group_steps, n_tokens, code, |_, _| b.next() as i8)
+        let code = |_, _| a.below(largest_code(packing) + 1) as u8;
+        let activation = |_, _| b.next() as i8;
+        Self::new(packing, n_tiles, steps, group_steps, n_tokens, code, activation)
     }
 
     fn check(&self, kernels: &Kernels) {
-        let Self { steps, group_steps, n_tokens, stride, .. } = *self;
-        let tiles = Tiles { codes: &self.tiles, steps, group_steps };
+        let Self { packing, steps, group_steps, n_tokens, stride, .. } = *self;
+        let tiles = Tiles { codes: &self.tiles, packing, steps, group_steps };
         let tokens = TokenCodes { codes: &self.tokens, stride, n_tokens };
         let mut sums = vec![-1; self.want.len()];
         kernels.products(&tiles, &tokens, &mut sums);
         assert!(
             sums == self.want,
-            "{}: {} tiles, {steps} steps in groups of {group_steps}, {n_tokens} tokens",
+            "{}: {packing:?}, {} tiles, {steps} steps in groups of {group_steps}, {n_tokens} tokens",
             kernels.name(),
             tiles.n_tiles(),
         );
@@ -123,8 +144,7 @@ impl Case {
 #[test]
 fn products_of_every_length() {
     for steps in 1..=45 {
-        let case = Case::random(2, steps, steps, 1 + steps % 3, steps as u64);
-        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+        check_all(|p| Case::random(p, 2, steps, steps, 1 + steps % 3, steps as u64));
     }
 }
 
@@ -132,8 +152,7 @@ fn products_of_every_length() {
 fn products_of_every_batch() {
     for n_tokens in 1..=50 {
         for n_tiles in 1..=3 {
-            let case = Case::random(n_tiles, 3, 3, n_tokens, n_tokens as u64);
-            Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+            check_all(|p| Case::random(p, n_tiles, 3, 3, n_tokens, n_tokens as u64));
         }
     }
 }
@@ -143,8 +162,7 @@ fn products_in_groups() {
     for steps in [1, 2, 7, 8, 16, 23] {
         for group_steps in [1, 2, 4, 8, 16, 23, 40] {
             for n_tokens in [1, 2, 5, 13] {
-                let case = Case::random(3, steps, group_steps.min(steps), n_tokens, 7);
-                Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+                check_all(|p| Case::random(p, 3, steps, group_steps.min(steps), n_tokens, 7));
             }
         }
     }
@@ -153,8 +171,7 @@ fn products_in_groups() {
 #[test]
 fn products_of_many_tiles() {
     for n_tiles in 1..=9 {
-        let case = Case::random(n_tiles, 20, 20, 1, n_tiles as u64);
-        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+        check_all(|p| Case::random(p, n_tiles, 20, 20, 1, n_tiles as u64));
     }
 }
 
@@ -162,48 +179,69 @@ fn products_of_many_tiles() {
 fn products_of_extreme_values() {
     // Constant inputs make the largest partial sums: whatever width a kernel sums in, they show it.
     for steps in [1, 5, 10, 11, 21, 42, 43, 86, 161, 513] {
-        for code in [2, 3] {
-            for value in [127, -128] {
-                for n_tokens in [1, 2, 6] {
-                    let case = Case::new(1, steps, steps, n_tokens, |_, _| code, |_, _| value);
-                    Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+        for value in [127, -128] {
+            for n_tokens in [1, 2, 6] {
+                for less in [0, 1] {
+                    let code = |p| (largest_code(p) - less) as u8;
+                    check_all(|p| {
+                        Case::new(p, 1, steps, steps, n_tokens, |_, _| code(p), |_, _| value)
+                    });
                 }
             }
         }
     }
     // Signs that alternate by column, field and step keep differences from cancelling.
-    for period in [1, 2, 4, 8, 16, 32] {
+    for period in [1, 2, 4, 8, 16, 20, 32] {
         let sign = |_, c: usize| if (c / period).is_multiple_of(2) { 127 } else { -128 };
-        let case = Case::new(2, 100, 100, 3, |r, c| ((r + c / 3) % 4) as u8, sign);
-        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
+        check_all(|p| {
+            let code = |r: usize, c: usize| ((r + c / 3) % (largest_code(p) as usize + 1)) as u8;
+            Case::new(p, 2, 100, 100, 3, code, sign)
+        });
     }
 }
 
 #[test]
 fn products_of_the_widest_matrix() {
-    let steps = crate::weights::MAX_TERNARY_COLS / STEP_COLS;
     for value in [127, -128] {
-        let case = Case::new(1, steps, steps, 1, |_, _| 3, |_, _| value);
-        assert!(case.want.iter().all(|&sum| sum == 3 * value as i32 * (16 * steps) as i32));
-        Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
-        let tokens: Vec<i8> =
-            case.tokens.iter().cycle().take(2 * case.tokens.len()).copied().collect();
-        let two = Case { tokens, n_tokens: 2, want: case.want.repeat(2), ..case };
-        Kernels::available().into_iter().for_each(|kernels| two.check(kernels));
+        for n_tokens in [1, 2] {
+            check_all(|p| {
+                let steps = crate::weights::MAX_TERNARY_COLS / p.step_cols();
+                let code = largest_code(p);
+                let case = Case::new(p, 1, steps, steps, n_tokens, |_, _| code as u8, |_, _| value);
+                let want = code as i32 * i32::from(value) * (p.step_cols() * steps) as i32;
+                assert!(case.want.iter().all(|&sum| sum == want));
+                case
+            });
+        }
     }
+}
+
+#[test]
+fn every_byte_of_trits() {
+    // All 243 digits of a byte in all places, against activations that tell them apart.
+    let code = |field: usize, byte: usize| (byte / 3usize.pow(field as u32) % 3) as u8;
+    let steps = 16;
+    let activation = |_, c: usize| [1, 3, 9, 27, 81][c % 20 / 4];
+    let code = |row: usize, c: usize| code(c % 20 / 4, (row + 16 * (c / 20) + c % 4 * 59) % 243);
+    let case = Case::new(Packing::Trits, 1, steps, 1, 3, code, activation);
+    Kernels::available().into_iter().for_each(|kernels| case.check(kernels));
 }
 
 #[test]
 fn packing_agrees() {
     let mut random = Random(3);
-    for steps in 1..=20 {
-        let codes: Vec<u8> = (0..256 * steps).map(|_| random.below(4) as u8).collect();
-        let mut want = vec![0; 64 * steps];
-        SCALAR.pack_tile(&codes, &mut want);
-        for kernels in others() {
-            let mut got = vec![0xee; 64 * steps];
-            kernels.pack_tile(&codes, &mut got);
-            assert!(got == want, "{}: {steps} steps", kernels.name());
+    for packing in PACKINGS {
+        for steps in 1..=20 {
+            let mut code = || random.below(largest_code(packing) + 1) as u8;
+            let n = TILE_ROWS * steps * packing.step_cols();
+            let codes: Vec<u8> = (0..n).map(|_| code()).collect();
+            let mut want = vec![0; 64 * steps];
+            SCALAR.pack_tile(packing, &codes, &mut want);
+            for kernels in others() {
+                let mut got = vec![0xee; 64 * steps];
+                kernels.pack_tile(packing, &codes, &mut got);
+                assert!(got == want, "{}: {packing:?}, {steps} steps", kernels.name());
+            }
         }
     }
 }
@@ -232,16 +270,21 @@ impl TernaryRows for Codes {
 fn a_packed_matrix_holds_every_code() {
     let (rows, cols) = (37, 53);
     let mut random = Random(5);
-    let codes: Vec<u8> = (0..rows * cols).map(|_| random.below(4) as u8).collect();
-    let source = Codes(rows, cols, codes.clone(), crate::weights::Scales::Tensor(1.0));
-    for kernels in Kernels::available() {
-        for threads in [1, 2, 5] {
-            let pool = crate::threads::ThreadPool::new(threads).unwrap();
-            let packed =
-                PackedTernary::new(&source, kernels, &pool, &mut WeightMemory::new()).unwrap();
-            for row in 0..rows {
-                for col in 0..cols {
-                    assert_eq!(packed.code(row, col), codes[row * cols + col]);
+    for n_codes in [3, 4] {
+        let codes: Vec<u8> = (0..rows * cols).map(|_| random.below(n_codes) as u8).collect();
+        let source = Codes(rows, cols, codes.clone(), crate::weights::Scales::Tensor(1.0));
+        for kernels in Kernels::available() {
+            for (packing, threads) in [(PACKINGS[0], 1), (PACKINGS[0], 5), (PACKINGS[1], 2)] {
+                let pool = crate::threads::ThreadPool::new(threads).unwrap();
+                let mut memory = WeightMemory::new();
+                let packed =
+                    PackedTernary::new(&source, packing, kernels, &pool, &mut memory).unwrap();
+                // Code 3 is no trit.
+                assert_eq!(packed.packing(), if n_codes == 3 { packing } else { Packing::Codes });
+                for row in 0..rows {
+                    for col in 0..cols {
+                        assert_eq!(packed.code(row, col), codes[row * cols + col]);
+                    }
                 }
             }
         }
@@ -253,8 +296,11 @@ fn impossible_matrices_are_errors() {
     let pool = crate::threads::ThreadPool::new(1).unwrap();
     for (rows, cols) in [(0, 4), (4, 0), (1, crate::weights::MAX_TERNARY_COLS + 1)] {
         let source = Codes(rows, cols, Vec::new(), crate::weights::Scales::Tensor(1.0));
-        let packed = PackedTernary::new(&source, &SCALAR, &pool, &mut WeightMemory::new());
-        assert!(packed.is_err(), "{rows}×{cols}");
+        for packing in PACKINGS {
+            let mut memory = WeightMemory::new();
+            let packed = PackedTernary::new(&source, packing, &SCALAR, &pool, &mut memory);
+            assert!(packed.is_err(), "{rows}×{cols}");
+        }
     }
 }
 

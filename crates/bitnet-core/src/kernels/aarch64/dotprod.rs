@@ -23,6 +23,7 @@ pub(in crate::kernels) static DOTPROD: Kernels = Kernels {
     norm,
     gate,
     pack_tile,
+    trits: None,
     float_products,
     byte_products: crate::kernels::scalar::byte_products,
     attention: &attend::PORTABLE,
@@ -79,7 +80,7 @@ pub(super) fn products(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i
 #[inline]
 pub(super) unsafe fn activations(tokens: &TokenCodes<'_>, token: usize, step: usize) -> int8x16_t {
     // SAFETY: the caller's promise; the load reads the 16 bytes of the columns.
-    unsafe { vld1q_s8(tokens.columns(token, step).as_ptr().cast()) }
+    unsafe { vld1q_s8(tokens.columns::<4>(token, step).as_ptr().cast()) }
 }
 
 /// One token times one tile. Fields 1 and 2 are not shifted down but summed apart, 4 and 16 times

@@ -23,6 +23,7 @@ pub(in crate::kernels) static I8MM: Kernels = Kernels {
     norm,
     gate,
     pack_tile,
+    trits: None,
     float_products,
     byte_products: crate::kernels::scalar::byte_products,
     attention: &attend::PORTABLE,

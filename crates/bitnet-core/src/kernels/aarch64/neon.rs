@@ -21,6 +21,7 @@ pub(in crate::kernels) static NEON: Kernels = Kernels {
     norm,
     gate,
     pack_tile,
+    trits: None,
     float_products,
     byte_products: crate::kernels::scalar::byte_products,
     attention: &attend::PORTABLE,
@@ -72,7 +73,7 @@ fn tokens_of<const TOKENS: usize>(
                 // SAFETY: `Kernels::products` has checked that every token has columns for all
                 // steps of a tile.
                 let x: [[int8x16_t; 4]; TOKENS] = std::array::from_fn(|t| unsafe {
-                    tokens.columns(first + t, step).map(|x| four_columns(x))
+                    tokens.columns::<4>(first + t, step).map(|x| four_columns(x))
                 });
                 for (i, codes) in load_ahead(&steps[step]).into_iter().enumerate() {
                     let fields = fields(codes);

@@ -20,6 +20,7 @@ pub(in crate::kernels) static AVX2: Kernels = Kernels {
     norm,
     gate,
     pack_tile,
+    trits: None,
     float_products,
     byte_products: super::bytes::avx2,
     attention: &attend::AVX2,
@@ -81,7 +82,7 @@ fn tokens_of<const TOKENS: usize>(
                     for t in 0..TOKENS {
                         // SAFETY: `Kernels::products` has checked that every token has columns for
                         // all steps of a tile.
-                        let x = broadcast(&unsafe { tokens.columns(first + t, step) }[j]);
+                        let x = broadcast(&unsafe { tokens.columns::<4>(first + t, step) }[j]);
                         for half in 0..2 {
                             let pairs = _mm256_maddubs_epi16(fields[half], x);
                             narrow[t][half] = _mm256_add_epi16(narrow[t][half], pairs);

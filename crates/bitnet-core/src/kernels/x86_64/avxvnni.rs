@@ -22,6 +22,7 @@ pub(in crate::kernels) static AVXVNNI: Kernels = Kernels {
     norm,
     gate,
     pack_tile,
+    trits: None,
     float_products,
     byte_products: super::bytes::avxvnni,
     attention: &attend::AVX2,
@@ -68,7 +69,7 @@ fn by_fields(
             let codes = load_ahead(&steps[step]);
             // SAFETY: `Kernels::products` has checked that every token has columns for all steps of
             // a tile.
-            let x = unsafe { tokens.columns(token, step) };
+            let x = unsafe { tokens.columns::<4>(token, step) };
             for j in 0..4 {
                 let x = broadcast(&x[j]);
                 for half in 0..2 {
@@ -108,7 +109,7 @@ fn shifted<const TOKENS: usize, const CHAINS: usize>(
                 codes = codes.map(|codes| _mm256_srli_epi16::<2>(codes));
                 for t in 0..TOKENS {
                     // SAFETY: as in `by_fields`.
-                    let x = broadcast(&unsafe { tokens.columns(first + t, step) }[j]);
+                    let x = broadcast(&unsafe { tokens.columns::<4>(first + t, step) }[j]);
                     for half in 0..2 {
                         let acc = &mut acc[j % CHAINS][t][half];
                         *acc = _mm256_dpbusd_avx_epi32(*acc, fields[half], x);
