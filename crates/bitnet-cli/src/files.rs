@@ -1,9 +1,9 @@
-//! Model files opened without an engine, and new ones written with a bar: what `inspect`, `convert`
-//! and `quantize` share.
+//! Files that commands read and write without an engine: texts, models, and new models with a bar.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use bitnet_inference::{BUILTIN_MODEL, builtin};
 use bitnet_quant::checkpoint::{Checkpoint, OpenOptions};
 use bitnet_quant::convert::{ConvertOptions, Progress, Report, ScaleUse, Target, table_format};
@@ -14,6 +14,25 @@ use serde_json::json;
 
 use crate::exit::Usage;
 use crate::term::{Term, Unit, bytes, count, printable};
+
+/// The whole text of a file; `-` stands for standard input.
+///
+/// # Errors
+/// A file that cannot be read or is not UTF-8.
+pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
+    let (bytes, name) = if path.as_os_str() == "-" {
+        let mut bytes = Vec::new();
+        io::stdin().lock().read_to_end(&mut bytes).context("cannot read standard input")?;
+        (bytes, "standard input".into())
+    } else {
+        let name = path.display().to_string();
+        (std::fs::read(path).with_context(|| format!("cannot read {name}"))?, name)
+    };
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow::anyhow!("{name}: expected UTF-8 text, got an invalid byte at offset {at}")
+    })
+}
 
 /// A model file or folder to read.
 #[derive(Debug, Args)]
@@ -65,10 +84,8 @@ pub(crate) struct OutputArgs {
 /// What packed Hugging Face weights do with their scale.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ScaleArg {
-    /// As `autobitlinear` reads it.
-    Multiply,
-    /// As `bitlinear` reads it.
-    Divide,
+    Multiply, // as `autobitlinear` reads it
+    Divide,   // as `bitlinear` reads it
 }
 
 /// The dividing folder is `--to hf --scale divide` here.

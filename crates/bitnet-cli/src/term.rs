@@ -33,11 +33,9 @@ pub(crate) struct OutputArgs {
 /// When to use colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum When {
-    /// On a terminal, unless NO_COLOR is set.
+    // Plain comments: documented values would spread all help over three lines an option.
     Auto,
-    /// Always.
     Always,
-    /// Never.
     Never,
 }
 

@@ -1,17 +1,17 @@
 //! `bitnet eval`: perplexity and bits per byte of a text.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
 use bitnet_inference::InferenceError;
 use bitnet_inference::eval::{EvalMode, EvalOptions, Evaluation, evaluate};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::exit::{Outcome, Usage};
+use crate::files::read_text;
 use crate::flags::{EngineArgs, ModelArg};
 use crate::interrupt::Interrupt;
 use crate::term::{Style, Term, Unit, count, duration, rate};
@@ -69,7 +69,7 @@ pub(crate) fn run(args: EvalArgs, term: &Term) -> anyhow::Result<Outcome> {
     if args.stride.is_some() && args.mode != Mode::Sliding {
         return Err(Usage::error("--stride belongs to --mode sliding"));
     }
-    let text = read_text(&args)?;
+    let text = read(&args)?;
     let interrupt = Interrupt::install()?;
     let (engine, model) = args.engine.load(&args.model.model, term)?;
     let window = args.window.unwrap_or(512.min(model.context_length()));
@@ -111,24 +111,13 @@ pub(crate) fn run(args: EvalArgs, term: &Term) -> anyhow::Result<Outcome> {
     Ok(if found.windows_done < found.windows { Outcome::Interrupted } else { Outcome::Done })
 }
 
-fn read_text(args: &EvalArgs) -> anyhow::Result<String> {
-    let (bytes, name) = if args.text.as_os_str() == "-" {
-        let mut bytes = Vec::new();
-        io::stdin().lock().read_to_end(&mut bytes).context("cannot read standard input")?;
-        (bytes, "standard input".to_owned())
-    } else {
-        let name = args.text.display().to_string();
-        (std::fs::read(&args.text).with_context(|| format!("cannot read {name}"))?, name)
-    };
-    let mut text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        anyhow::anyhow!("{name}: expected UTF-8 text, got an invalid byte at offset {at}")
-    })?;
+fn read(args: &EvalArgs) -> anyhow::Result<String> {
+    let mut text = read_text(&args.text)?;
     if let Some((at, _)) = args.max_chars.and_then(|n| text.char_indices().nth(n)) {
         text.truncate(at);
     }
     match text.is_empty() {
-        true => Err(Usage::error(format!("{name}: expected some text, got none"))),
+        true => Err(Usage::error(format!("{}: expected some text, got none", args.text.display()))),
         false => Ok(text),
     }
 }

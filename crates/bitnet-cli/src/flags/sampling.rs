@@ -12,7 +12,7 @@ pub(crate) struct SamplingArgs {
     /// Most tokens to generate
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) max_tokens: Option<u32>,
-    /// Higher is more surprising; 0 always takes the likeliest token
+    /// Higher is more surprising; 0 always takes the likeliest token [default: 0.8]
     #[arg(
         long,
         alias = "temp",
@@ -24,40 +24,40 @@ pub(crate) struct SamplingArgs {
     /// Always take the likeliest token: the same text every time
     #[arg(long)]
     pub(crate) greedy: bool,
-    /// Keep the K likeliest tokens; 0 keeps all
+    /// Keep the K likeliest tokens; 0 keeps all [default: 40]
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<u32>,
-    /// Keep the likeliest tokens that together reach this probability
+    /// Keep the likeliest tokens that together reach this probability [default: 0.95]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) top_p: Option<f32>,
-    /// Keep tokens at least this fraction as likely as the likeliest
+    /// Keep tokens at least this fraction as likely as the likeliest [default: 0.05]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) min_p: Option<f32>,
-    /// Keep the tokens nearest the expected surprise, up to this probability
+    /// Keep the tokens nearest the expected surprise, up to this probability [default: 1]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) typical_p: Option<f32>,
-    /// Make recent tokens less likely by this factor; 1 changes nothing
+    /// Make recent tokens less likely by this factor [default: 1]
     #[arg(long, alias = "repeat-penalty", value_name = "X", allow_negative_numbers = true)]
     pub(crate) repetition_penalty: Option<f32>,
-    /// How many recent tokens the repetition penalty looks at
+    /// How many recent tokens the repetition penalty looks at [default: 64]
     #[arg(long, alias = "repeat-last-n", value_name = "N")]
     pub(crate) penalty_last_n: Option<u32>,
-    /// Lower the logit of every token the answer already holds
+    /// Lower the logit of every token the answer already holds [default: 0]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(crate) presence_penalty: Option<f32>,
-    /// Lower a token's logit each time the answer uses it
+    /// Lower a token's logit each time the answer uses it [default: 0]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(crate) frequency_penalty: Option<f32>,
-    /// DRY: penalty on continuing a repeated sequence; 0 turns it off
+    /// DRY: penalty on continuing a repeated sequence, such as 0.8 [default: 0, off]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(crate) dry_multiplier: Option<f32>,
-    /// DRY: growth of the penalty with each further repeated token
+    /// DRY: growth of the penalty with each further repeated token [default: 1.75]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(crate) dry_base: Option<f32>,
-    /// DRY: repetitions shorter than this are free
+    /// DRY: repetitions shorter than this are free [default: 2]
     #[arg(long, value_name = "N")]
     pub(crate) dry_allowed_length: Option<u32>,
-    /// DRY: how many recent tokens to search
+    /// DRY: how many recent tokens to search [default: all]
     #[arg(long, value_name = "N")]
     pub(crate) dry_last_n: Option<u32>,
     /// DRY: text across which no repetition counts; may be given several times
@@ -193,6 +193,31 @@ mod tests {
         let options = args.options(base.clone()).unwrap();
         let expected = base.top_k(7).temperature(0.0);
         assert_eq!(options, expected);
+    }
+
+    #[test]
+    fn help_tells_the_defaults_in_force() {
+        let (options, dry) = (GenerationOptions::default(), DryOptions::default());
+        let help = SamplingArgs::augment_args(clap::Command::new("x")).render_long_help();
+        let help = help.to_string();
+        for (flag, default) in [
+            ("--temperature", options.temperature),
+            ("--top-k", options.top_k as f32),
+            ("--top-p", options.top_p),
+            ("--min-p", options.min_p),
+            ("--typical-p", options.typical_p),
+            ("--repetition-penalty", options.repetition_penalty),
+            ("--penalty-last-n", options.penalty_last_n as f32),
+            ("--presence-penalty", options.presence_penalty),
+            ("--frequency-penalty", options.frequency_penalty),
+            ("--dry-base", dry.base),
+            ("--dry-allowed-length", dry.allowed_length as f32),
+        ] {
+            let text = &help[help.find(&format!("{flag} ")).expect(flag)..];
+            let (_, after) = text.split_once("[default: ").expect(flag);
+            assert!(after.starts_with(&format!("{default}]")), "{flag} is {default}: {text}");
+        }
+        assert!(options.dry.is_none() && dry.last_n == u32::MAX);
     }
 
     #[test]

@@ -26,7 +26,7 @@ Examples:
   bitnet chat -m model/ --system \"Answer in one sentence.\" --temperature 0.3
   bitnet chat -m model.gguf --load talk.json
 
-In a chat: /help lists the commands; a trailing \\ or \"\"\" continues on the next line; Ctrl-C stops an
+-n is 1024 unless given. In a chat: /help lists the commands; a trailing \\ or \"\"\" continues on the next line; Ctrl-C stops an
 answer; Ctrl-D leaves. A model without a chat template gets a plain 'User: … Assistant: …' text.";
 
 /// Tokens of an answer unless -n says otherwise.
