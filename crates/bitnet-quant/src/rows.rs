@@ -1,6 +1,7 @@
 //! Views of matrices that change what their rows mean, not where they lie: reordered rows, scaled
 //! trits, trits as floats.
 
+use crate::error::{Error, Result};
 use bitnet_core::weights::{FloatRows, Scales, TernaryRows};
 use std::sync::Arc;
 
@@ -126,17 +127,22 @@ pub(crate) struct Rescaled {
 }
 
 impl Rescaled {
-    /// All scales of `source` multiplied by `factor`.
-    pub(crate) fn new(source: Arc<dyn TernaryRows>, factor: f32) -> Self {
-        let scaled = |values: &[f32]| values.iter().map(|scale| scale * factor).collect();
+    /// All scales of the matrix `what` multiplied by `factor`.
+    pub(crate) fn new(what: &str, source: Arc<dyn TernaryRows>, factor: f32) -> Result<Self> {
+        let scaled = |scale: &f32| {
+            let product = scale * factor;
+            let error = || Error::malformed(format!("scale of {what}"), "a finite number", product);
+            product.is_finite().then_some(product).ok_or_else(error)
+        };
+        let all = |values: &[f32]| values.iter().map(scaled).collect::<Result<Vec<f32>>>();
         let scales = match source.scales() {
-            Scales::Tensor(scale) => Scales::Tensor(scale * factor),
-            Scales::Row(values) => Scales::Row(scaled(values)),
+            Scales::Tensor(scale) => Scales::Tensor(scaled(scale)?),
+            Scales::Row(values) => Scales::Row(all(values)?),
             Scales::Group { group, values } => {
-                Scales::Group { group: *group, values: scaled(values) }
+                Scales::Group { group: *group, values: all(values)? }
             }
         };
-        Self { source, scales }
+        Ok(Self { source, scales })
     }
 }
 
@@ -247,7 +253,9 @@ mod tests {
     fn trits_become_floats_with_the_scale_of_their_place() {
         let values = vec![0.5, 2.0, 3.0, 4.0];
         let source = Codes(vec![[0, 1, 2, 3], [2; 4]], Scales::Group { group: 2, values });
-        let floats = Dequantized(Arc::new(Rescaled::new(Arc::new(source), 10.0)));
+        let source: Arc<dyn TernaryRows> = Arc::new(source);
+        assert!(Rescaled::new("w", source.clone(), f32::MAX).is_err());
+        let floats = Dequantized(Arc::new(Rescaled::new("w", source, 10.0).unwrap()));
         let mut out = [0.0; 4];
         floats.decode_row(0, &mut out);
         assert_eq!(out, [-5.0, 0.0, 20.0, 40.0]);

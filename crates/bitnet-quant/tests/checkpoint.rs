@@ -2,13 +2,13 @@
 
 mod common;
 
-use bitnet_core::weights::ActivationQuant;
+use bitnet_core::weights::{ActivationQuant, Matrix, Scales};
 use bitnet_quant::Checkpoint;
 use bitnet_quant::checkpoint::{FileFormat, ModelFiles};
 use bitnet_quant::config::{Architecture, HiddenAct, ModelConfig, RopeScaling};
 use bitnet_quant::text::TokenizerSource;
 use bytes::Bytes;
-use common::{PROJECTIONS, floats, golden, golden_path, trits};
+use common::{PROJECTIONS, Tiny, floats, golden, golden_path, trits};
 
 /// The forms of one golden model hold the same trits and, within the rounding of their inverses
 /// and means, the same scales.
@@ -151,4 +151,75 @@ fn a_file_of_a_folder_opens_as_the_folder() {
         let checkpoint = Checkpoint::open(folder.join(file)).unwrap();
         assert_eq!(checkpoint.config().name, "online");
     }
+}
+
+#[test]
+fn an_embedding_model_without_its_head_is_bitnet_by_its_norms() {
+    let mut tiny = Tiny::sized(128, 256);
+    tiny.config["model_type"] = "qwen3".into();
+    tiny.config["head_dim"] = 64.into();
+    tiny.config.as_object_mut().unwrap().remove("quantization_config");
+    for part in PROJECTIONS {
+        let path = format!("model.layers.0.{part}");
+        tiny.remove(&format!("{path}.weight_scale"));
+        let (planned, packed) = tiny.remove(&format!("{path}.weight"));
+        let shape = [planned.shape[0] * 4, planned.shape[1]];
+        let values: Vec<f32> = (0..packed.len() * 4).map(|i| (i % 7) as f32 - 3.0).collect();
+        tiny.push_f32(&planned.name, &shape, &values);
+        tiny.push_f32(&format!("{path}.norm.weight"), &[shape[1]], &vec![2.0; shape[1]]);
+    }
+    for norm in ["q_norm", "k_norm"] {
+        tiny.push_f32(&format!("model.layers.0.self_attn.{norm}.weight"), &[64], &[1.0; 64]);
+    }
+    // As a model saved without its head names its tensors.
+    for (planned, _) in &mut tiny.tensors {
+        planned.name = planned.name.strip_prefix("model.").unwrap().to_owned();
+    }
+    let checkpoint = tiny.open().unwrap();
+    assert_eq!(checkpoint.config().projection_norm_eps, Some(1e-6));
+    let linear = checkpoint.linear("model.layers.0.mlp.down_proj").unwrap();
+    assert_eq!(linear.input_norm.unwrap().weight, [2.0; 256]);
+    let Matrix::Ternary { weights, activations } = linear.matrix else { panic!() };
+    assert_eq!(activations, ActivationQuant::PerToken);
+    // mean|W| of −3 … 3 is 12/7, give or take the last few columns.
+    let Scales::Tensor(scale) = weights.scales() else { panic!() };
+    assert!((scale - 12.0 / 7.0).abs() < 1e-3, "{scale}");
+    let mut codes = [9; 256];
+    weights.decode_row(0, &mut codes);
+    assert_eq!(codes[..7], [0, 0, 0, 1, 2, 2, 2]);
+}
+
+#[test]
+fn offline_trits_stored_as_floats_take_their_scale() {
+    let mut tiny = Tiny::new();
+    for part in PROJECTIONS {
+        let name = format!("model.layers.0.{part}.weight");
+        let (planned, packed) = tiny.remove(&name);
+        let shape = [planned.shape[0] * 4, planned.shape[1]];
+        let values: Vec<f32> = (0..packed.len() * 4).map(|i| (i % 3) as f32 - 1.0).collect();
+        tiny.push_f32(&name, &shape, &values);
+    }
+    for (class, scale) in [("autobitlinear", 0.25), ("bitlinear", 4.0)] {
+        tiny.config["quantization_config"]["linear_class"] = class.into();
+        let (codes, found, activations) =
+            trits(&tiny.open().unwrap(), "model.layers.0.self_attn.v_proj");
+        assert_eq!((found, activations), (scale, ActivationQuant::PerToken));
+        assert_eq!(codes[..4], [0, 1, 2, 0]);
+    }
+}
+
+#[test]
+fn modules_not_converted_stay_float() {
+    let mut tiny = Tiny::new();
+    tiny.config["quantization_config"]["modules_to_not_convert"] = serde_json::json!(["down_proj"]);
+    let name = "model.layers.0.mlp.down_proj.weight";
+    tiny.remove(name);
+    let values: Vec<f32> = (0..512).map(|i| i as f32).collect();
+    tiny.push_f32(name, &[16, 32], &values);
+    let checkpoint = tiny.open().unwrap();
+    let matrix = checkpoint.linear("model.layers.0.mlp.down_proj").unwrap().matrix;
+    let Matrix::Float(rows) = matrix else { panic!() };
+    assert_eq!(floats(&*rows), values);
+    let all = checkpoint.weight_count();
+    assert_eq!((all.ternary, all.float), (4 * 256 + 2 * 512, 512 + 128 + 3 * 16));
 }

@@ -106,7 +106,7 @@ fn scales_and_weights_that_are_no_numbers() {
             tiny.push_f32(Q_SCALE, &[stored.len()], stored);
         });
     }
-    refused("weight_scale: expected a number that is not 0, got 0", |tiny| {
+    refused("weight_scale: expected a number that has an inverse, got 0", |tiny| {
         tiny.config["quantization_config"]["linear_class"] = json!("bitlinear");
         tiny.remove(Q_SCALE);
         tiny.push_f32(Q_SCALE, &[1], &[0.0]);
