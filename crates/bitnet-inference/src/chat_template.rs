@@ -2,20 +2,22 @@
 //!
 //! Templates are written for Python's transformers: its settings, functions and filters are
 //! mirrored here. A template is also a program from a stranger: it runs without a loader, under
-//! fuel (which pays for every instruction and every byte it makes) and a recursion limit, and its
-//! failure is an error.
+//! fuel (which pays for every instruction and every byte it makes), a recursion limit and a limit
+//! on the values it builds, and its failure is an error.
 //!
 //! Knows messages and text. [`ChatTemplate::encode`] alone meets the tokenizer, so that no text
 //! from outside can pose as a control token.
 
+mod guard;
 mod python;
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use minijinja::machinery::{CompiledTemplate, TemplateConfig};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value, merge_maps};
-use minijinja::{Environment, ErrorKind, context};
+use minijinja::{AutoEscape, Environment, ErrorKind, context};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
@@ -25,11 +27,14 @@ use crate::tokenizer::{EncodeOptions, Tokenizer, TokenizerError};
 pub const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 /// Fuel for every rendering, for each message, and for each byte of the messages. One unit pays
 /// for an instruction or for 64 bytes that are made or copied.
-const FUEL: (u64, u64, u64) = (100_000, 1_000, 1);
+const FUEL: (u64, u64, u64) = (400_000, 4_000, 2);
 /// Depth of loops, blocks and macro calls inside each other; a macro call counts for several.
 const MAX_DEPTH: usize = 400;
 /// The names that the caller's own variables cannot take.
 const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+/// The template for models that have none: `User: …` and `Assistant: …`, a line each.
+const PLAIN: &str = "{% for message in messages %}{{ message.role | capitalize }}: \
+     {{ message.content | trim }}\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}";
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -119,6 +124,7 @@ pub enum TemplateError {
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
+    source: Arc<str>,
     special_tokens: Value,
 }
 
@@ -128,28 +134,33 @@ impl ChatTemplate {
         if source.len() > MAX_TEMPLATE_BYTES {
             return Err(TemplateError::TooLong(source.len()));
         }
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(error)?);
-        environment.set_recursion_limit(MAX_DEPTH);
-        environment.set_unknown_method_callback(python::call_method);
-        python::add_to(&mut environment);
-        environment
-            .add_template_owned("chat", python::without_generation_tags(source).into_owned())
-            .map_err(error)?;
-        let special_tokens = Value::from_pairs(special_tokens.iter().cloned());
-        Ok(Self { environment: Arc::new(environment), special_tokens })
+        let template = Self::unchecked(&python::without_generation_tags(source), special_tokens);
+        template.compile().map_err(error)?;
+        Ok(template)
     }
 
     /// A template for models that have none: `User: …` and `Assistant: …`, a line each.
     pub fn plain() -> Self {
-        const PLAIN: &str = "{% for message in messages %}{{ message.role | capitalize }}: \
-             {{ message.content | trim }}\n{% endfor %}\
-             {% if add_generation_prompt %}Assistant:{% endif %}";
+        Self::unchecked(PLAIN, &[])
+    }
+
+    fn unchecked(source: &str, special_tokens: &[(String, String)]) -> Self {
         let mut environment = Environment::new();
-        // A constant template: compiling it cannot fail.
-        let _ = environment.add_template("chat", PLAIN);
-        Self { environment: Arc::new(environment), special_tokens: Value::from(()) }
+        environment.set_recursion_limit(MAX_DEPTH);
+        environment.set_unknown_method_callback(python::call_method);
+        python::add_to(&mut environment);
+        guard::add_to(&mut environment);
+        let special_tokens = Value::from_pairs(special_tokens.iter().cloned());
+        Self { environment: Arc::new(environment), source: source.into(), special_tokens }
+    }
+
+    /// Compiles the text; templates are short, and the result would borrow from it.
+    fn compile(&self) -> Result<CompiledTemplate<'_>, minijinja::Error> {
+        let config = TemplateConfig {
+            syntax_config: SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?,
+            default_auto_escape: Arc::new(|_| AutoEscape::None),
+        };
+        CompiledTemplate::new("chat", &self.source, &config)
     }
 
     /// The text of a conversation. Texts inside the messages are copied as they are; to encode the
@@ -159,7 +170,8 @@ impl ChatTemplate {
         messages: &[Message],
         options: &ChatOptions,
     ) -> Result<String, TemplateError> {
-        if let Some(name) = options.extra.keys().find(|name| RESERVED.contains(&name.as_str())) {
+        let reserved = |name: &&String| RESERVED.iter().chain(&guard::NAMES).any(|n| n == name);
+        if let Some(name) = options.extra.keys().find(reserved) {
             return Err(TemplateError::ReservedName(name.clone()));
         }
         let tools = (!options.tools.is_empty()).then_some(&options.tools);
@@ -179,9 +191,8 @@ impl ChatTemplate {
         let fuel = FUEL.0 + FUEL.1 * messages.len() as u64 + FUEL.2 * bytes as u64;
         let mut environment = Environment::clone(&self.environment);
         environment.set_fuel(Some(fuel));
-        let template = environment.get_template("chat").map_err(error)?;
         let context = merge_maps([input, extra, self.special_tokens.clone()]);
-        template.render(context).map_err(error)
+        guard::render(&environment, &self.compile().map_err(error)?, context).map_err(error)
     }
 
     /// The tokens of a conversation. Control tokens are those the template writes; the same

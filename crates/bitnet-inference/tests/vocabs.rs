@@ -36,14 +36,21 @@ fn from_gguf(path: &Path) -> Result<Tokenizer, Box<dyn std::error::Error>> {
 
 /// The texts of `NAME.gguf.inp` with the ids of `NAME.gguf.out`.
 fn cases(path: &Path) -> Vec<(String, Vec<u32>)> {
-    let read = |suffix: &str| std::fs::read_to_string(format!("{}.{suffix}", path.display())).unwrap();
+    let read =
+        |suffix: &str| std::fs::read_to_string(format!("{}.{suffix}", path.display())).unwrap();
     let (input, output) = (read("inp"), read("out"));
     let texts = input.split("\n__ggml_vocab_test__\n").map(String::from);
-    let ids = output.lines().map(|line| {
-        line.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()
-    });
+    let ids = output
+        .lines()
+        .map(|line| line.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>());
     let (texts, ids): (Vec<_>, Vec<_>) = (texts.collect(), ids.collect());
-    assert!(texts.len().abs_diff(ids.len()) <= 1, "{}: {} and {}", path.display(), texts.len(), ids.len());
+    assert!(
+        texts.len().abs_diff(ids.len()) <= 1,
+        "{}: {} and {}",
+        path.display(),
+        texts.len(),
+        ids.len()
+    );
     texts.into_iter().zip(ids).collect()
 }
 
@@ -64,7 +71,10 @@ fn every_vocabulary_gives_the_expected_ids() {
         let tokenizer = match from_gguf(path) {
             Ok(tokenizer) => tokenizer,
             Err(error) => {
-                println!("{name}: not covered: {}", error.to_string().chars().take(100).collect::<String>());
+                println!(
+                    "{name}: not covered: {}",
+                    error.to_string().chars().take(100).collect::<String>()
+                );
                 failures += usize::from(!NOT_COVERED.contains(&name.as_str()));
                 continue;
             }

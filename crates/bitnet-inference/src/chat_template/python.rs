@@ -22,9 +22,12 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("tojson", to_json);
 }
 
-/// Most bytes a method of a text may read or make. Methods run outside the engine's fuel; the
-/// product of what they are given bounds them.
+/// Most bytes a method may make, and most pieces it may cut a text into. Methods run outside the
+/// engine's fuel; what they are given bounds what they make.
 const MAX_METHOD_BYTES: u64 = 1 << 24;
+const MAX_PIECES: u64 = 1 << 20;
+/// Bytes that are read for one unit of fuel.
+const BYTES_PER_FUEL: u64 = 1024;
 
 /// Python's methods of texts, lists and maps, refused where they could make or search too much.
 pub(super) fn call_method(
@@ -33,22 +36,41 @@ pub(super) fn call_method(
     method: &str,
     args: &[Value],
 ) -> Result<Value, Error> {
-    let size = |value: &Value| -> u64 {
-        match value.kind() {
-            ValueKind::String => value.as_str().map_or(0, |text| text.len() as u64),
-            ValueKind::Number => value.as_i64().map_or(u64::MAX, i64::unsigned_abs),
-            // A list's items may be long and many; their total counts.
-            ValueKind::Seq => value.try_iter().map_or(0, |items| {
-                items.map(|item| 1 + item.as_str().map_or(0, str::len) as u64).sum()
-            }),
-            _ => 1,
-        }
-    };
+    let own = size(value);
     let most = args.iter().map(size).max().unwrap_or(0);
-    if (size(value) + 1).saturating_mul(most.saturating_add(1)) > MAX_METHOD_BYTES {
+    let too_much = match method {
+        // The longest argument may be written once for every byte of the text.
+        "replace" | "join" | "format" | "format_map" | "center" | "ljust" | "rjust" | "zfill"
+        | "expandtabs" | "translate" => {
+            (own + 1).saturating_mul(most.saturating_add(1)) > MAX_METHOD_BYTES
+        }
+        "split" | "rsplit" | "splitlines" => {
+            let separator = args.first().and_then(Value::as_str).map_or(1, str::len).max(1);
+            own / separator as u64 > MAX_PIECES
+        }
+        _ => false,
+    };
+    if too_much {
         return Err(Error::from(ErrorKind::OutOfFuel));
     }
+    state.consume_fuel(own.saturating_add(most) / BYTES_PER_FUEL)?;
     minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// Bytes of a text, size of a number, or the sum over a list.
+fn size(value: &Value) -> u64 {
+    match value.kind() {
+        ValueKind::String => value.as_str().map_or(0, |text| text.len() as u64),
+        ValueKind::Number => value.as_i64().map_or(u64::MAX, i64::unsigned_abs),
+        // A list's items may be long and many; their total counts.
+        ValueKind::Seq | ValueKind::Iterable => match (value.len(), value.try_iter()) {
+            (Some(length), Ok(items)) if length as u64 <= MAX_METHOD_BYTES => items
+                .map(|item| 1 + item.as_str().map_or(0, str::len) as u64)
+                .fold(0, u64::saturating_add),
+            _ => u64::MAX,
+        },
+        _ => 1,
+    }
 }
 
 /// The words of `raise_exception`.
@@ -76,7 +98,7 @@ pub(super) fn without_generation_tags(source: &str) -> Cow<'_, str> {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(end) = rest[start..].find("%}").map(|end| start + end) else { break };
+        let Some(end) = rest[start + 2..].find("%}").map(|end| start + 2 + end) else { break };
         let tag = &rest[start + 2..end];
         let (open, close) = (tag.starts_with(['-', '+']), tag.ends_with(['-', '+']));
         let replacement = match tag.trim_matches(['-', '+']).trim() {
@@ -315,6 +337,8 @@ mod tests {
             ("{% if generation %}", "{% if generation %}"),
             ("{% set x = 'generation' %}{%", "{% set x = 'generation' %}{%"),
             ("é{% generation %}é", "é{% if true %}é"),
+            ("{%}{% generation %}", "{%}{% if true %}"),
+            ("{%%}{%-%}{% generation %}", "{%%}{%-%}{% if true %}"),
         ];
         for (source, expected) in cases {
             assert_eq!(without_generation_tags(source), expected);

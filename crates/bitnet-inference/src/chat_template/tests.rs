@@ -229,6 +229,33 @@ fn hostile_templates_end_soon() {
         grow("'x'", "[ns.x, ns.x] | join(ns.x)", ""),
         grow("'x'", "'%s%s' | format(ns.x, ns.x)", ""),
         grow("'x'", "'%s%s'.format(ns.x, ns.x) ~ ns.x ~ ns.x", ""),
+        grow("[1]", "ns.x + ns.x", ""),
+        grow("[1]", "ns.x + ns.x", "{{ ns.x }}"),
+        grow("[1]", "(ns.x + ns.x) | list", ""),
+        grow("[1]", "(ns.x | map('string')) + ns.x", ""),
+        grow("[1]", "ns.x * 2", "{{ ns.x }}"),
+        grow("[1]", "ns.x * 2", "{{ ns.x | sort }}"),
+        grow("(1, 2)", "ns.x + ns.x", ""),
+        grow("[1]", "[ns.x, ns.x]", ""),
+        grow("[1]", "[ns.x, ns.x]", "{{ ns.x }}"),
+        grow("[1]", "(ns.x, ns.x)", "{{ ns.x }}"),
+        grow("[1]", "{'a': ns.x, 'b': ns.x}", "{{ ns.x }}"),
+        grow("[1]", "{'a': ns.x, 'b': ns.x} | items", "{{ ns.x }}"),
+        grow("[1]", "dict(a=ns.x, b=ns.x)", "{{ ns.x }}"),
+        grow("[1]", "namespace(a=ns.x, b=ns.x)", "{{ ns.x }}"),
+        grow("[1, 2]", "zip(ns.x, ns.x) | list", "{{ ns.x }}"),
+        grow("[1, 2]", "[ns.x, ns.x] | map('list') | list", "{{ ns.x }}"),
+        grow("[1, 2]", "[ns.x] | map('batch', 1) | list", "{{ ns.x }}"),
+        grow("[1]", "[ns.x]", "{% if ns.x == [ns.x] %}{% endif %}"),
+        "{% set ns = namespace(x=1) %}{% set ns.x = ns %}{{ ns }}".into(),
+        "{% set ns = namespace(x=1) %}{% set ns.x = [ns] %}{{ ns }}".into(),
+        "{% set ns = namespace(x=1) %}{% set ns.x = [1].append(ns) %}{{ fail() }}".into(),
+        "{% set a = [1] %}".to_owned() + &"{% set a = a + a %}".repeat(60),
+        "{% set a = [1] %}".to_owned() + &"{% set a = [a, a] %}".repeat(60) + "{{ a }}",
+        "{% macro m(x) %}{{ m([x, x]) }}{% endmacro %}{{ m('ab') }}".into(),
+        "{% macro m(x) %}{{ m(x + x) }}{% endmacro %}{{ m([1]) }}".into(),
+        "{% set ns = namespace(x=1) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}".into(),
+        "{{ range(*[1, 2]) }}".into(),
     ];
     // One long text, looked at again and again.
     let look = |expression: &str| {
@@ -254,6 +281,12 @@ fn hostile_templates_end_soon() {
         look("{x: 1}[x]"),
         look("x in {x: 1}"),
         look("x[-1]"),
+        look("[1] * 99999 == [1] * 99999"),
+        look("([1] * 99999) is eq([1] * 99999)"),
+        look("[[1] * 99999] in [[1] * 99999]"),
+        look("[[1] * 999] * 99 | unique"),
+        look("[[1] * 999] * 99 | sort"),
+        look("[[1] * 999] * 99 | select('eq', [1] * 999) | list"),
     ];
     let grown = grown.into_iter().chain(looks);
     for source in sources.into_iter().chain(grown).chain([deep, nested, lists]) {
@@ -272,4 +305,8 @@ fn long_conversations_are_no_attack() {
     assert!(template.render(&many, &ChatOptions::default()).unwrap().len() > 1_000_000);
     let long = [Message::user("word ".repeat(4 << 20))];
     assert!(template.render(&long, &ChatOptions::default()).unwrap().len() > 20 << 20);
+    let answer = "{{ messages[0].content.split('</think>')[-1].lstrip('\\n') }}";
+    let long = [Message::assistant("word ".repeat(1 << 20) + "</think>\n\nyes")];
+    let rendered = self::template(answer).render(&long, &ChatOptions::default()).unwrap();
+    assert_eq!(rendered, "yes");
 }
