@@ -89,6 +89,7 @@ fn logits_of_every_form_match_the_reference() {
         ("llama-ternary-tiny", "packed_multiply", "packed_multiply", loose),
         ("llama-ternary-tiny", "packed_divide", "packed_divide", loose),
         ("llama-ternary-tiny", "online", "online", loose),
+        ("qwen3-tiny", "packed_multiply", "packed_multiply", loose),
         ("gguf-bitnet-silu", "model-tq1_0.gguf", "reference", loose),
         ("gguf-bitnet-silu", "model-tq2_0.gguf", "reference", loose),
     ] {
@@ -133,6 +134,7 @@ fn greedy_tokens_match() {
         ("bitnet-tiny", "online"),
         ("bitnet-tiny", "packed_multiply"),
         ("llama-ternary-tiny", "online"),
+        ("qwen3-tiny", "packed_multiply"),
         ("story", "builtin"),
     ] {
         let path = if name == "story" { "builtin".into() } else { fixture(name).join(file) };
