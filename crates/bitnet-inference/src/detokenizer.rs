@@ -34,6 +34,15 @@ impl Detokenizer {
         Self { strip: 0, ..Self::new(tokenizer) }
     }
 
+    /// For the answer to a prompt: it continues the prompt's text, unless that ends with a control
+    /// token, as a chat's does, or is empty.
+    pub fn after(tokenizer: &Tokenizer, prompt: &[u32]) -> Self {
+        match prompt.last() {
+            Some(&id) if !tokenizer.is_control(id) => Self::continuing(tokenizer),
+            _ => Self::new(tokenizer),
+        }
+    }
+
     /// Gives control tokens their names as text instead of leaving them out.
     #[must_use]
     pub fn show_control(mut self) -> Self {

@@ -13,6 +13,7 @@ use futures_channel::oneshot;
 use crate::builder::InferenceEngineBuilder;
 use crate::cache::LoadCache;
 use crate::config::EngineConfig;
+use crate::detokenizer::Detokenizer;
 use crate::device::{self, Device, InferenceContext};
 use crate::error::{InferenceError, Result};
 use crate::input::{InferenceInput, InferenceOutput};
@@ -345,8 +346,9 @@ impl InferenceEngine {
             ending_tokens: ending_tokens.clone(),
         };
         let goal = Goal::Generate(Box::new(continuation));
+        let detokenizer = model.tokenizer().ok().map(|t| Detokenizer::after(t, &tokens));
         let events = submit_for(model, tokens, goal, context)?;
-        Ok(TokenStream::new(model, events, &options.stop, ending_tokens))
+        Ok(TokenStream::new(events, detokenizer, &options.stop, ending_tokens))
     }
 
     /// Generates a whole answer.

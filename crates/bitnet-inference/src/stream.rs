@@ -12,7 +12,6 @@ use futures_core::Stream;
 
 use crate::detokenizer::Detokenizer;
 use crate::error::{InferenceError, Result};
-use crate::model::Model;
 use crate::request::{Event, FinishReason, GeneratedToken, Usage};
 use crate::stop::StopMatcher;
 use crate::wait::block_on;
@@ -60,14 +59,14 @@ pub struct TokenStream {
 
 impl TokenStream {
     pub(crate) fn new(
-        model: &Model,
         events: UnboundedReceiver<Event>,
+        detokenizer: Option<Detokenizer>,
         stop: &[String],
         ending_tokens: Vec<u32>,
     ) -> Self {
         Self {
             events: Some(events),
-            detokenizer: model.tokenizer().ok().map(Detokenizer::new),
+            detokenizer,
             stop: StopMatcher::new(stop),
             stop_strings: stop.to_vec(),
             ending_tokens,

@@ -300,6 +300,9 @@ fn sentence_piece_from_gguf() {
     assert_eq!(encode("é"), [4, 0]);
     assert_eq!(tokenizer.decode(&[1, 6, 6, 3, 7], false), "a a\n<tool>");
     assert_eq!(tokenizer.decode(&[4, 6], false), " a");
+    // An answer goes on where the prompt's text ends; after a control token a text begins.
+    let answer = |prompt: &[u32]| Detokenizer::after(&tokenizer, prompt).push(6);
+    assert_eq!([answer(&[1, 6]), answer(&[1]), answer(&[])], [" a", "a", "a"]);
     let bare = GgufVocabulary { add_space_prefix: Some(false), ..spm() };
     let bare = from_gguf(bare).unwrap();
     assert_eq!(bare.encode("a a", EncodeOptions::TEXT).unwrap(), [5, 6]);
