@@ -43,6 +43,7 @@ pub mod sampler;
 mod scheduler;
 mod score;
 mod sequence;
+mod smart;
 pub mod source;
 mod speculate;
 pub mod stop;

@@ -23,6 +23,11 @@ pub fn available_memory() -> Option<u64> {
     kib("/proc/meminfo", "MemAvailable")
 }
 
+/// Processes that ran or wanted to, on average over the last minute.
+pub fn load_average() -> Option<f64> {
+    fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
+}
+
 /// A `name: 123 kB` line, in bytes.
 fn kib(path: &str, name: &str) -> Option<u64> {
     let text = fs::read_to_string(path).ok()?;

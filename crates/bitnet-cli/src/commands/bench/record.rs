@@ -1,10 +1,9 @@
 //! What a measurement is worth keeping: results, the limits beside them, and the circumstances.
 
 use std::fmt;
-use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bitnet_inference::bench::{Bench, Bound, Limits, Measurement};
+use bitnet_inference::bench::{Bench, Bound, Limits, Measurement, process};
 use serde::Serialize;
 
 use crate::flags::KvArg;
@@ -111,7 +110,7 @@ impl Record {
             version: env!("CARGO_PKG_VERSION"),
             commit: env!("BITNET_COMMIT"),
             date: utc(SystemTime::now()),
-            load_average: load_average(),
+            load_average: process::load_average(),
         }
     }
 
@@ -202,10 +201,6 @@ impl Row {
             fingerprint: format!("{:016x}", measured.fingerprint),
         }
     }
-}
-
-fn load_average() -> Option<f64> {
-    fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
 }
 
 /// A time as `2026-01-31T12:00:00Z`.
