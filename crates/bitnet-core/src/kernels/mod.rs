@@ -19,6 +19,7 @@ mod packed;
 mod quantized;
 #[cfg(test)]
 mod tests;
+mod wide;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -28,6 +29,7 @@ pub use memory::{BLOCK_ALIGN, WeightMemory};
 pub use packed::{PackedTernary, Packing, STEP_BYTES, STEP_COLS, TILE_ROWS};
 pub(crate) use quantized::{Grouping, QuantizedTokens};
 pub use quantized::{Rescale, TokenCodes, WeightScales};
+pub use wide::{WideMatrix, WideRows};
 
 use crate::backend::Activation;
 use crate::cpu::attend::{self, AttentionKernels};
@@ -93,6 +95,7 @@ type GateFn = unsafe fn(Activation, &mut [f32], &[f32]);
 type PackTileFn = unsafe fn(&[u8], &mut [u8]);
 type MacLoopFn = unsafe fn(u64) -> u64;
 type BytesFn = unsafe fn(&[u8], &[i8], usize, &mut [i32]);
+type WideFn = unsafe fn(&WideRows<'_>, &WideMatrix, &mut [f32], usize);
 type FloatFn = unsafe fn(&FloatTile<'_>, &[f32], usize, &mut [f32]);
 
 /// A set of kernels for one instruction set, available on this CPU.
@@ -109,6 +112,7 @@ pub struct Kernels {
     trits: Option<(ProductsFn, PackTileFn)>,
     float_products: FloatFn,
     byte_products: BytesFn,
+    wide_products: WideFn,
     attention: &'static AttentionKernels,
     mac_loop: MacLoopFn,
 }
@@ -144,6 +148,7 @@ static SCALAR: Kernels = Kernels {
     trits: None,
     float_products: scalar::float_products,
     byte_products: scalar::byte_products,
+    wide_products: wide::scalar,
     attention: &attend::PORTABLE,
     mac_loop: scalar::mac_loop,
 };

@@ -504,3 +504,51 @@ fn names_choose() {
     assert!(error.contains("abacus") && error.contains("scalar"), "{error}");
     assert_eq!(Kernels::available().last().unwrap().name(), "scalar");
 }
+
+#[test]
+fn wide_products_are_exact_sums_times_scales() {
+    let mut random = Random(11);
+    for terms in [1, 2, 3, 16, 37] {
+        for cols in [1, 15, 16, 17, 31, 32, 33, 70] {
+            for rows in [1, 2, 3, 4, 7, 8, 11, 12, 13, 25] {
+                let (right_stride, out_stride) = (cols + 3, cols + 5);
+                let b: Vec<i8> =
+                    (0..terms * right_stride).map(|_| random.below(256) as u8 as i8).collect();
+                let mut right = WideMatrix::default();
+                right.pack(&b, right_stride, terms, cols);
+                assert_eq!((right.terms(), right.cols()), (terms, cols));
+                let stride = right.padded_terms() + 2;
+                let a: Vec<i16> = (0..rows * stride)
+                    .map(|i| {
+                        let value = random.below(65_535) as i32 - 32_767;
+                        // Padding is 0; beyond it lies what a kernel must not read.
+                        if i % stride == terms && terms % 2 == 1 { 0 } else { value as i16 }
+                    })
+                    .collect();
+                let scales = random.floats(rows);
+                let before = random.floats(rows * out_stride);
+                let mut want = before.clone();
+                for r in 0..rows {
+                    for c in 0..cols {
+                        let sum: i32 = (0..terms)
+                            .map(|t| {
+                                i32::from(a[r * stride + t]) * i32::from(b[t * right_stride + c])
+                            })
+                            .sum();
+                        want[r * out_stride + c] += sum as f32 * scales[r];
+                    }
+                }
+                for kernels in Kernels::available() {
+                    let mut got = before.clone();
+                    let left = WideRows { values: &a, stride, scales: &scales };
+                    kernels.wide_products(&left, &right, &mut got, out_stride);
+                    let case = format!("{} {rows} {terms} {cols}", kernels.name());
+                    assert!(
+                        got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{case}"
+                    );
+                }
+            }
+        }
+    }
+}

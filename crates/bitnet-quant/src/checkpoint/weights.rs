@@ -48,6 +48,21 @@ impl Checkpoint {
         table.map_err(|e| e.in_file(&tensor.file))
     }
 
+    /// The numbers of the projection `path` as training starts from them: the floats a checkpoint
+    /// stores, or its trits times their scales. Rows are in the order of halves.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::linear`].
+    pub fn master(&self, path: &str) -> Result<Arc<dyn FloatRows>> {
+        if self.is_stored_float(path) {
+            return self.stored_float(path);
+        }
+        Ok(match self.linear(path)?.matrix {
+            Matrix::Ternary { weights, .. } => Arc::new(Dequantized(weights)),
+            Matrix::Float(rows) => rows,
+        })
+    }
+
     /// Whether the projection `path` lies in the file as floats, whatever is made of them.
     pub(crate) fn is_stored_float(&self, path: &str) -> bool {
         let tensor = self.parts.tensors.get(&format!("{path}.weight"));

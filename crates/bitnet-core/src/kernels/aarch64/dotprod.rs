@@ -26,6 +26,7 @@ pub(in crate::kernels) static DOTPROD: Kernels = Kernels {
     trits: None,
     float_products,
     byte_products: crate::kernels::scalar::byte_products,
+    wide_products: crate::kernels::wide::scalar,
     attention: &attend::PORTABLE,
     mac_loop,
 };

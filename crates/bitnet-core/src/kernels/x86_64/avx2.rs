@@ -23,6 +23,7 @@ pub(in crate::kernels) static AVX2: Kernels = Kernels {
     trits: None,
     float_products,
     byte_products: super::bytes::avx2,
+    wide_products: super::wide::avx2,
     attention: &attend::AVX2,
     mac_loop,
 };

@@ -22,6 +22,7 @@ pub(in crate::kernels) static AVX512VBMI: Kernels = Kernels {
     trits: Some((trit_products, pack_trits)),
     float_products,
     byte_products: super::bytes::avx512vnni,
+    wide_products: super::wide::avx512vnni,
     attention: &attend::AVX512VNNI,
     mac_loop,
 };

@@ -20,6 +20,7 @@ pub(in crate::kernels) static AVX512VNNI: Kernels = Kernels {
     trits: None,
     float_products,
     byte_products: super::bytes::avx512vnni,
+    wide_products: super::wide::avx512vnni,
     attention: &attend::AVX512VNNI,
     mac_loop,
 };

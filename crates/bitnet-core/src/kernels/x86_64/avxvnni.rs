@@ -25,6 +25,7 @@ pub(in crate::kernels) static AVXVNNI: Kernels = Kernels {
     trits: None,
     float_products,
     byte_products: super::bytes::avxvnni,
+    wide_products: super::wide::avx2,
     attention: &attend::AVX2,
     mac_loop,
 };

@@ -6,6 +6,7 @@ mod avx512vbmi;
 mod avx512vnni;
 mod avxvnni;
 mod bytes;
+mod wide;
 
 pub(super) use avx2::AVX2;
 pub(super) use avx512vbmi::AVX512VBMI;
