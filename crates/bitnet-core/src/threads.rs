@@ -2,8 +2,10 @@
 //!
 //! A decode step is some two hundred short parallel regions, so starting and ending one must cost
 //! about a microsecond. Workers therefore wait for the next region by spinning for a moment before
-//! they sleep; an idle pool burns no core. The pool knows nothing of matrices: a region is a
-//! closure over a thread index, and [`share`] says which part of a range belongs to that index.
+//! they sleep; an idle pool burns no core. On a machine with other work to do, a worker may not be
+//! running when its part is due: whoever is done takes the parts that nobody has begun, so that a
+//! region waits for no thread that the system has not started. The pool knows nothing of matrices:
+//! a region is a closure over a part's number, and [`share`] says which range belongs to it.
 
 use crate::error::{Error, Result};
 use crate::processors::{allowed_processors, bind_to, physical_cores};
@@ -76,20 +78,23 @@ pub struct ThreadPool {
 struct Shared {
     /// Number of the current region; a change starts the workers, [`STOP`] ends them.
     epoch: Line<AtomicUsize>,
-    /// Workers still inside the current region.
-    running: Line<AtomicUsize>,
+    /// Parts of the current region that are not finished, the caller's own excluded.
+    unfinished: Line<AtomicUsize>,
     /// The current region's closure. Written only by the thread that holds `busy`, before it
-    /// moves `epoch`; read by workers after they see `epoch` move and before they leave `running`.
+    /// moves `epoch`; read by who has claimed a part, before that part leaves `unfinished`.
     job: UnsafeCell<Option<Job>>,
     /// Set while a region runs.
     busy: AtomicBool,
     /// The first panic of a worker in the current region.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    /// Whether the caller sleeps until `running` is 0, and which thread it is.
+    /// Whether the caller sleeps until `unfinished` is 0, and which thread it is.
     caller_asleep: AtomicBool,
     caller: Mutex<Option<Thread>>,
     /// One for each worker: whether it sleeps until `epoch` moves.
     asleep: Vec<Line<AtomicBool>>,
+    /// One for each worker: the last region whose part with the worker's number was claimed, by
+    /// the worker or by the caller in its place.
+    claimed: Vec<Line<AtomicUsize>>,
 }
 
 /// Keeps its content off the cache lines of its neighbours.
@@ -102,7 +107,7 @@ type Job = *const (dyn Fn(usize) + Sync);
 const STOP: usize = usize::MAX;
 
 // SAFETY: everything in `Shared` is `Sync` but `job`, whose writes and reads are ordered by `epoch`
-// (Release/Acquire) on the way in and by `running` on the way out, as its comment says; the closure
+// (Release/Acquire) on the way in and by `unfinished` on the way out, as its comment says; the closure
 // behind the pointer is `Sync`, so that many threads may call it.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in `Shared` belongs to a particular thread.
@@ -137,13 +142,14 @@ impl ThreadPool {
         let mut pool = Self {
             shared: Arc::new(Shared {
                 epoch: Line(AtomicUsize::new(0)),
-                running: Line(AtomicUsize::new(0)),
+                unfinished: Line(AtomicUsize::new(0)),
                 job: UnsafeCell::new(None),
                 busy: AtomicBool::new(false),
                 panic: Mutex::new(None),
                 caller_asleep: AtomicBool::new(false),
                 caller: Mutex::new(None),
                 asleep: (1..threads).map(|_| Line(AtomicBool::new(false))).collect(),
+                claimed: (1..threads).map(|_| Line(AtomicUsize::new(0))).collect(),
             }),
             workers: Vec::with_capacity(threads - 1),
         };
@@ -176,6 +182,9 @@ impl ThreadPool {
     /// Calls `job(i)` once for every `i` in `0..threads()`, in parallel, and returns when all
     /// calls have returned.
     ///
+    /// Call `i` is thread `i`'s if that thread runs in time, else the caller makes it: the results
+    /// of a call must not depend on the thread that makes it.
+    ///
     /// A region inside a region, or a second one beside it from another thread, runs its calls one
     /// after the other on its own thread: `run` never waits for a pool that is in use. So calls
     /// must not wait for each other.
@@ -188,13 +197,14 @@ impl ThreadPool {
         if workers == 0 || shared.busy.swap(true, Ordering::Acquire) {
             return (0..=workers).for_each(job);
         }
-        // The workers' last writes were made before they left `running`, which the previous region
-        // waited for; `busy` (Acquire, released below) hands that knowledge from caller to caller.
-        shared.running.0.store(workers, Ordering::Relaxed);
+        // The workers' last writes were made before their parts left `unfinished`, which the
+        // previous region waited for; `busy` (Acquire, released below) hands that knowledge from
+        // caller to caller.
+        shared.unfinished.0.store(workers, Ordering::Relaxed);
         // SAFETY: the pointer's lifetime is erased here; `wait_for_workers` returns when every
-        // worker has left the region, and nothing between here and there can unwind, so none uses
-        // it after `run` returns. No worker reads the cell now: they read it only between a move
-        // of `epoch` and their leaving `running`.
+        // claimed part is finished and every part is claimed, and nothing between here and there
+        // can unwind, so no one uses it after `run` returns. No worker reads the cell now: they read
+        // it only between a claim of the current region's part and that part's end.
         unsafe {
             *shared.job.get() =
                 Some(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job));
@@ -212,6 +222,12 @@ impl ThreadPool {
             }
         }
         let own = catch_unwind(AssertUnwindSafe(|| job(0)));
+        // Backwards: the workers were woken forwards, so the last is the likeliest to be late.
+        for index in (1..=workers).rev() {
+            if shared.claim(index, next) {
+                shared.perform(index);
+            }
+        }
         shared.wait_for_workers();
         let theirs = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         shared.busy.store(false, Ordering::Release);
@@ -240,17 +256,49 @@ impl Drop for ThreadPool {
 }
 
 impl Shared {
-    /// Returns when every worker has left the current region.
+    /// Takes part `index` of region `epoch`; false if it is taken, or the region is over.
+    fn claim(&self, index: usize, epoch: usize) -> bool {
+        let claimed = &self.claimed[index - 1].0;
+        let last = claimed.load(Ordering::Relaxed);
+        // Signed distance: a worker that slept through regions must not bring an old one back.
+        // The exchange orders nothing: `epoch` (read before) and `unfinished` (changed after) do.
+        (epoch.wrapping_sub(last) as isize) > 0
+            && claimed.compare_exchange(last, epoch, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    /// Makes call `index`, which this thread has claimed, and keeps its panic for the caller.
+    fn perform(&self, index: usize) {
+        // SAFETY: the part is claimed and unfinished, so the region goes on: the caller has written
+        // the cell, writes it no more and keeps the closure alive until the part is finished.
+        let result = catch_unwind(AssertUnwindSafe(|| unsafe {
+            if let Some(job) = *self.job.get() {
+                (*job)(index);
+            }
+        }));
+        if let Err(payload) = result {
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+        }
+        // Release: the job's writes are visible to the caller. After this line the region may be
+        // over; a wake-up that comes late finds a caller that checks `unfinished` again.
+        if self.unfinished.0.fetch_sub(1, Ordering::SeqCst) == 1
+            && self.caller_asleep.load(Ordering::SeqCst)
+            && let Some(caller) = &*self.caller.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            caller.unpark();
+        }
+    }
+
+    /// Returns when every part of the current region is finished.
     fn wait_for_workers(&self) {
         // Acquire: what the workers wrote in the region is visible after this.
-        if wait_awake(|| self.running.0.load(Ordering::Acquire) == 0) {
+        if wait_awake(|| self.unfinished.0.load(Ordering::Acquire) == 0) {
             return;
         }
         *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread::current());
         loop {
             // SeqCst with `work`: either the last worker sees this flag, or this thread sees 0.
             self.caller_asleep.store(true, Ordering::SeqCst);
-            if self.running.0.load(Ordering::SeqCst) == 0 {
+            if self.unfinished.0.load(Ordering::SeqCst) == 0 {
                 break;
             }
             thread::park();
@@ -279,23 +327,8 @@ fn work(shared: &Shared, index: usize) {
         if seen == STOP {
             return;
         }
-        // SAFETY: `epoch` moved, so the caller has written the cell and writes it no more until
-        // this worker has left `running`; until then it keeps the closure alive as well.
-        let result = catch_unwind(AssertUnwindSafe(|| unsafe {
-            if let Some(job) = *shared.job.get() {
-                (*job)(index);
-            }
-        }));
-        if let Err(payload) = result {
-            shared.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
-        }
-        // Release: the job's writes are visible to the caller. After this line the region may be
-        // over; a wake-up that comes late finds a caller that checks `running` again.
-        if shared.running.0.fetch_sub(1, Ordering::SeqCst) == 1
-            && shared.caller_asleep.load(Ordering::SeqCst)
-            && let Some(caller) = &*shared.caller.lock().unwrap_or_else(PoisonError::into_inner)
-        {
-            caller.unpark();
+        if shared.claim(index, seen) {
+            shared.perform(index);
         }
     }
 }
@@ -382,6 +415,34 @@ mod tests {
                 done.fetch_add(1, Ordering::Relaxed);
             });
             assert_eq!(done.into_inner(), 3);
+        }
+    }
+
+    #[test]
+    fn a_worker_that_does_not_run_holds_nobody_up() {
+        let pool = ThreadPool::new(2).unwrap();
+        let shared = &*pool.shared;
+        let me = thread::current().id();
+        for _ in 0..200 {
+            // The worker's part is claimed before the worker can see the region: it is late.
+            let epoch = shared.epoch.0.load(Ordering::Relaxed) + 1;
+            let calls = Mutex::new(Vec::new());
+            let late = AtomicBool::new(true);
+            pool.run(&|i| {
+                if i == 0 {
+                    late.store(shared.claim(1, epoch), Ordering::Relaxed);
+                    if late.load(Ordering::Relaxed) {
+                        shared.perform(1);
+                    }
+                }
+                calls.lock().unwrap().push((i, thread::current().id()));
+            });
+            let mut calls = calls.into_inner().unwrap();
+            calls.sort_by_key(|call| call.0);
+            assert_eq!(calls.iter().map(|call| call.0).collect::<Vec<_>>(), [0, 1]);
+            assert!(!late.into_inner() || calls[1].1 == me);
+            // The region is over for the one who missed it.
+            assert!(!shared.claim(1, epoch));
         }
     }
 
