@@ -5,7 +5,7 @@
 //! `cargo bench -p bitnet-core --bench attention -- decode/q8/4096`
 
 use bitnet_core::backend::{Backend, Batch, KvSpec, KvType, RopeSpec, SequenceSlice};
-use bitnet_core::cpu::{CpuBackend, CpuBuffer, CpuKv, CpuRope, Held};
+use bitnet_core::cpu::{CpuBackend, CpuBuffer, CpuKv, CpuRope};
 use bitnet_core::kernels::Kernels;
 use bitnet_core::threads::default_threads;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -21,7 +21,7 @@ const STEP: usize = 512;
 /// A sequence in a cache, and the buffers of a step.
 struct Case {
     backend: CpuBackend,
-    kv: Held<CpuKv>,
+    kv: CpuKv,
     rope: CpuRope,
     q: CpuBuffer,
     k: CpuBuffer,

@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod error;
 pub mod kernels;
 pub mod machine;
+pub mod memory;
 mod processors;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -6,10 +6,11 @@
 
 use std::path::Path;
 
+use bitnet_core::memory::system::available_memory;
 use bitnet_core::threads::default_threads;
 use bitnet_quant::config::ModelConfig;
 
-use crate::bench::process::{available_memory, load_average};
+use crate::bench::process::load_average;
 use crate::config::{BLOCK_TOKENS, EngineConfig, MemorySize};
 use crate::engine::InferenceEngine;
 use crate::error::{InferenceError, Result};

@@ -1,6 +1,7 @@
 //! Activations, and the account of the memory a backend has handed out.
 
 use crate::error::{Error, Result};
+use crate::memory::{AccessPattern, EnhancedMemoryPool, HostMemory, HostRegion};
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,25 +50,29 @@ impl<T> Drop for Held<T> {
     }
 }
 
-/// Activations `(max_tokens, width)`, row-major.
+/// Activations `(max_tokens, width)`, row-major, in a region of the backend's pool.
 #[derive(Debug)]
 pub struct CpuBuffer {
-    data: Held<Vec<f32>>,
+    data: HostRegion,
     width: usize,
 }
 
 impl CpuBuffer {
-    /// Zeros, whose pages are taken from the system when they are first written.
-    pub(crate) fn new(max_tokens: usize, width: usize, counter: &Counter) -> Result<Self> {
+    /// Arbitrary numbers, whose pages are taken from the system when they are first written.
+    pub(crate) fn new(
+        max_tokens: usize,
+        width: usize,
+        pool: &EnhancedMemoryPool<HostMemory>,
+    ) -> Result<Self> {
         if max_tokens == 0 || width == 0 {
             return Err(Error::invalid("buffer", format!("{max_tokens} × {width} is empty")));
         }
-        let bytes = (max_tokens as u64).saturating_mul(width as u64).saturating_mul(4);
-        let out_of_memory = || Error::OutOfMemory { what: "activations".into(), bytes };
-        let len = max_tokens.checked_mul(width).ok_or_else(out_of_memory)?;
-        // The zeroed allocation below cannot be asked whether it would succeed.
-        Vec::<f32>::new().try_reserve_exact(len).map_err(|_| out_of_memory())?;
-        Ok(Self { data: counter.hold(vec![0.0; len], bytes), width })
+        let bytes = max_tokens.checked_mul(width).and_then(|len| len.checked_mul(4));
+        let bytes = bytes.ok_or_else(|| Error::OutOfMemory {
+            what: "activations".into(),
+            bytes: (max_tokens as u64).saturating_mul(width as u64).saturating_mul(4),
+        })?;
+        Ok(Self { data: HostRegion::take(pool, bytes, AccessPattern::Activations)?, width })
     }
 
     /// Features of a row.
@@ -81,7 +86,7 @@ impl CpuBuffer {
     /// [`Error::Shape`] if there are fewer.
     pub fn rows(&self, n: usize) -> Result<&[f32]> {
         self.check(n)?;
-        Ok(&self.data[..n * self.width])
+        Ok(&self.data.as_floats()[..n * self.width])
     }
 
     /// The first `n` rows, to write to.
@@ -91,11 +96,11 @@ impl CpuBuffer {
     pub fn rows_mut(&mut self, n: usize) -> Result<&mut [f32]> {
         self.check(n)?;
         let len = n * self.width;
-        Ok(&mut self.data[..len])
+        Ok(&mut self.data.as_floats_mut()[..len])
     }
 
     fn check(&self, n: usize) -> Result<()> {
-        let max = self.data.len() / self.width;
+        let max = self.data.as_floats().len() / self.width;
         match n <= max {
             true => Ok(()),
             false => Err(Error::shape("rows of a buffer", format!("at most {max}"), n)),
@@ -117,21 +122,24 @@ pub(crate) fn cpu_name() -> String {
 mod tests {
     use super::*;
 
+    fn pool() -> EnhancedMemoryPool<HostMemory> {
+        EnhancedMemoryPool::new(HostMemory, u64::MAX)
+    }
+
     #[test]
     fn memory_is_counted_while_it_is_held() {
-        let counter = Counter::default();
-        let a = CpuBuffer::new(4, 10, &counter).unwrap();
+        let (counter, pool) = (Counter::default(), pool());
+        let a = CpuBuffer::new(4, 10, &pool).unwrap();
         let b = counter.hold((), 7);
-        assert_eq!(counter.bytes(), 167);
-        drop(a);
-        assert_eq!(counter.bytes(), 7);
-        drop(b);
-        assert_eq!(counter.bytes(), 0);
+        let bytes = || pool.active_bytes(AccessPattern::Activations);
+        assert_eq!((counter.bytes(), bytes()), (7, 160));
+        drop((a, b));
+        assert_eq!((counter.bytes(), bytes()), (0, 0));
     }
 
     #[test]
     fn rows_are_bounded() {
-        let mut buffer = CpuBuffer::new(4, 10, &Counter::default()).unwrap();
+        let mut buffer = CpuBuffer::new(4, 10, &pool()).unwrap();
         assert_eq!(buffer.rows(4).unwrap().len(), 40);
         assert_eq!(buffer.rows_mut(0).unwrap().len(), 0);
         assert!(buffer.rows(5).is_err());
@@ -139,15 +147,15 @@ mod tests {
 
     #[test]
     fn impossible_sizes_are_errors() {
-        let counter = Counter::default();
+        let pool = pool();
         for (tokens, width) in [(0, 4), (4, 0)] {
-            let error = CpuBuffer::new(tokens, width, &counter).unwrap_err();
+            let error = CpuBuffer::new(tokens, width, &pool).unwrap_err();
             assert!(matches!(error, Error::Invalid { .. }));
         }
         for (tokens, width) in [(usize::MAX, 2), (1 << 60, 1), (1 << 40, 1 << 20)] {
-            let error = CpuBuffer::new(tokens, width, &counter).unwrap_err();
+            let error = CpuBuffer::new(tokens, width, &pool).unwrap_err();
             assert!(matches!(error, Error::OutOfMemory { .. }));
         }
-        assert_eq!(counter.bytes(), 0);
+        assert_eq!(pool.stats().active_bytes, 0);
     }
 }

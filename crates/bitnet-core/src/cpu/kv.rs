@@ -12,7 +12,7 @@
 use crate::backend::{KvSpec, KvType};
 use crate::cpu::attend;
 use crate::error::{Error, Result};
-use crate::kernels::{Block, WeightMemory};
+use crate::memory::{AccessPattern, EnhancedMemoryPool, HostMemory, HostRegion};
 
 /// Tokens in a tile; a block holds a whole number of tiles.
 pub const TILE_TOKENS: usize = 16;
@@ -107,7 +107,7 @@ impl KvLayout {
 /// The paged KV cache of one model.
 pub struct CpuKv {
     pub(crate) layout: KvLayout,
-    pub(crate) memory: Block,
+    pub(crate) memory: HostRegion,
     /// For each block the last write that touched it: two sequences of one step must not write
     /// the same block.
     stamps: Vec<u64>,
@@ -120,11 +120,12 @@ impl CpuKv {
     /// # Errors
     /// [`Error::Invalid`] if a size is 0, `head_dim` above [`MAX_HEAD_DIM`] or `block_tokens` no
     /// multiple of [`TILE_TOKENS`]; [`Error::OutOfMemory`] if there is no address space for it.
-    pub fn new(spec: KvSpec) -> Result<Self> {
+    pub fn new(spec: KvSpec, pool: &EnhancedMemoryPool<HostMemory>) -> Result<Self> {
         let layout = KvLayout::new(spec)?;
         let out_of_memory =
             || Error::OutOfMemory { what: "KV cache".into(), bytes: layout.bytes() as u64 };
-        let memory = WeightMemory::new().take(layout.bytes()).map_err(|_| out_of_memory())?;
+        let memory = HostRegion::take_zeroed(pool, layout.bytes(), AccessPattern::KvCache)
+            .map_err(|_| out_of_memory())?;
         if u32::try_from(spec.n_blocks).is_err() {
             return Err(out_of_memory());
         }

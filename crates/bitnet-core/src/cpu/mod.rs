@@ -29,6 +29,7 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 use crate::kernels::{Kernels, WeightMemory};
+use crate::memory::{AccessPattern, EnhancedMemoryPool, HostMemory};
 use crate::threads::{ThreadPool, default_threads};
 use crate::weights::{FloatRows, LinearWeights, NormWeights};
 use attention::AttentionScratch;
@@ -45,8 +46,8 @@ pub struct CpuBackend {
     /// Where packed weights are put.
     weight_memory: WeightMemory,
     weights: Counter,
-    kv_cache: Counter,
-    activations: Counter,
+    /// Where activations and KV caches are put.
+    memory: EnhancedMemoryPool<HostMemory>,
     /// The current step.
     tokens: Vec<u32>,
     sequences: Vec<SequenceSlice>,
@@ -76,8 +77,7 @@ impl CpuBackend {
             kernels,
             weight_memory: WeightMemory::new(),
             weights: Counter::default(),
-            kv_cache: Counter::default(),
-            activations: Counter::default(),
+            memory: EnhancedMemoryPool::new(HostMemory, u64::MAX),
             tokens: Vec::new(),
             sequences: Vec::new(),
             logit_rows: Vec::new(),
@@ -145,7 +145,7 @@ impl Backend for CpuBackend {
     type Table = Held<CpuTable>;
     type Rope = CpuRope;
     type Buffer = CpuBuffer;
-    type Kv = Held<CpuKv>;
+    type Kv = CpuKv;
 
     fn device(&self) -> DeviceInfo {
         DeviceInfo {
@@ -163,8 +163,8 @@ impl Backend for CpuBackend {
             + self.head.memory_bytes();
         MemoryUsage {
             weights: self.weights.bytes(),
-            kv_cache: self.kv_cache.bytes(),
-            activations: self.activations.bytes() + scratch,
+            kv_cache: self.memory.active_bytes(AccessPattern::KvCache),
+            activations: self.memory.active_bytes(AccessPattern::Activations) + scratch,
         }
     }
 
@@ -193,13 +193,11 @@ impl Backend for CpuBackend {
     }
 
     fn buffer(&mut self, max_tokens: usize, width: usize) -> Result<Self::Buffer> {
-        CpuBuffer::new(max_tokens, width, &self.activations)
+        CpuBuffer::new(max_tokens, width, &self.memory)
     }
 
     fn kv_cache(&mut self, spec: KvSpec) -> Result<Self::Kv> {
-        let kv = CpuKv::new(spec)?;
-        let bytes = kv.capacity_bytes();
-        Ok(self.kv_cache.hold(kv, bytes))
+        CpuKv::new(spec, &self.memory)
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {

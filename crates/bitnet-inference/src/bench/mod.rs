@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use bitnet_core::backend::{Batch, DeviceInfo, KvSpec, KvType, MemoryUsage};
 use bitnet_core::kernels::Kernels;
 use bitnet_core::machine;
+use bitnet_core::memory::system::available_memory;
 use bitnet_core::threads::ThreadPool;
 use bitnet_quant::config::ModelConfig;
 
@@ -116,7 +117,7 @@ impl Limits {
     pub fn measure(threads: usize, kernel: &str) -> Result<Self> {
         const MOST: u64 = 1 << 30;
         const LEAST: u64 = 1 << 26;
-        let available = process::available_memory().unwrap_or(u64::MAX);
+        let available = available_memory().unwrap_or(u64::MAX);
         let n_bytes = (available / 4).clamp(LEAST, MOST) as usize;
         let device = |e| InferenceError::device("the limits of the machine", e);
         let pool = ThreadPool::new(threads).map_err(device)?;
@@ -188,7 +189,7 @@ impl Bench {
             dtype: settings.kv_type,
         };
         let needed_bytes = kv_spec.n_blocks as u64 * kv_spec.block_bytes() as u64;
-        if let Some(available_bytes) = process::available_memory()
+        if let Some(available_bytes) = available_memory()
             && needed_bytes > available_bytes
         {
             let what = "the KV cache of these tests".into();

@@ -1,6 +1,7 @@
 use super::*;
 use crate::backend::KvSpec;
 use crate::cpu::kv::{CpuKv, Part};
+use crate::memory::{EnhancedMemoryPool, HostMemory};
 
 /// Every set this CPU has, the portable one first.
 fn sets() -> Vec<(&'static str, &'static AttentionKernels)> {
@@ -54,7 +55,8 @@ impl Case {
         let end = rows.end;
         let n_blocks = end.div_ceil(block_tokens) + 2;
         let spec = KvSpec { n_layers: 2, n_kv_heads: 2, head_dim, block_tokens, n_blocks, dtype };
-        let mut kv = CpuKv::new(spec).unwrap();
+        let pool = EnhancedMemoryPool::new(HostMemory, u64::MAX);
+        let mut kv = CpuKv::new(spec, &pool).unwrap();
         let layout = kv.layout;
         // An odd step visits every block before it repeats one, if their number is no multiple.
         let step = if n_blocks % 7 == 0 { 5 } else { 7 };
