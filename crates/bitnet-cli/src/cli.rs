@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     bench, chat, completions, convert, devices, eval, inspect, logits, quantize, run, serve,
+    tokenizer, train,
 };
 use crate::term::OutputArgs;
 
@@ -15,12 +16,13 @@ Examples:
   bitnet inspect model.gguf                what a model file is and holds
   bitnet convert model/ model.gguf --to i2_s
   bitnet eval book.txt -m model.gguf       perplexity and bits per byte
+  bitnet train tales.txt --out runs/tales --preset 1m --minutes 10
   bitnet bench --synthetic 2b4t            speed of a shape on this machine, no file needed
 
 MODEL is a GGUF file, a safetensors file, a Hugging Face folder, or 'builtin'.
 Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted.";
 
-/// Runs, inspects, converts and measures ternary language models.
+/// Runs, trains, inspects, converts and measures ternary language models.
 #[derive(Debug, Parser)]
 #[command(name = "bitnet", version, after_help = EXAMPLES, max_term_width = 100)]
 #[command(subcommand_required = true, arg_required_else_help = true)]
@@ -51,6 +53,12 @@ pub(crate) enum Command {
     Eval(eval::EvalArgs),
     /// Measure how fast a model runs, and how fast this machine could run it at best
     Bench(bench::BenchArgs),
+    /// Train a ternary model on text of your own
+    Train(Box<train::TrainArgs>),
+    /// Train a model on, on new text or conversations
+    Finetune(Box<train::FinetuneArgs>),
+    /// Make a tokenizer
+    Tokenizer(tokenizer::TokenizerArgs),
     /// Print a model's logits for given token ids
     Logits(logits::LogitsArgs),
     /// List the devices and CPU kernels of this machine

@@ -1,4 +1,4 @@
-//! `bitnet`: runs, inspects, converts and measures ternary language models.
+//! `bitnet`: runs, trains, inspects, converts and measures ternary language models.
 //!
 //! This file parses the command line and hands each command to its file in `commands/`. What the
 //! commands share: `flags` (options of the engine and the sampler), `files` (models to read and write), `answer` (a generation that
@@ -35,6 +35,9 @@ fn main() -> ExitCode {
         Command::Quantize(args) => commands::quantize::run(args, &term),
         Command::Eval(args) => commands::eval::run(args, &term),
         Command::Bench(args) => commands::bench::run(args, &term),
+        Command::Train(args) => commands::train::train(*args, &term),
+        Command::Finetune(args) => commands::train::finetune(*args, &term),
+        Command::Tokenizer(args) => commands::tokenizer::run(args, &term),
         Command::Logits(args) => commands::logits::run(args, &term),
         Command::Devices(args) => commands::devices::run(args, &term),
         Command::Completions(args) => commands::completions::run(args),

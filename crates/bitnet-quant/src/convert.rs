@@ -20,6 +20,7 @@ mod tokenizer_json;
 mod vocabulary;
 
 use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::pack::{FloatFormat, I2sLayout, Packing};
 use bitnet_core::weights::FloatType;
@@ -28,6 +29,8 @@ use std::path::Path;
 use std::str::FromStr;
 
 pub use crate::hf::ScaleUse;
+pub use folder::TEXT_FILES;
+pub use output::NewFile;
 pub(crate) use source::Source;
 
 /// The form of a new checkpoint.
@@ -157,6 +160,26 @@ pub fn convert(
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
     write(&Source::new(checkpoint), options, out.as_ref(), progress)
+}
+
+/// Writes only what `checkpoint` says about text into the folder `out`: tokenizer, chat template,
+/// special tokens, as `convert` to a folder does.
+///
+/// # Errors
+/// As [`convert`].
+pub fn write_text(checkpoint: &Checkpoint, out: impl AsRef<Path>, force: bool) -> Result<()> {
+    let options =
+        ConvertOptions { force, ..ConvertOptions::new(Target::Folder(ScaleUse::Multiply)) };
+    folder::write_text(&Source::new(checkpoint), options, out.as_ref())
+}
+
+/// The `config.json` of a new Hugging Face checkpoint: shape, family and rotary embedding; special tokens
+/// and quantization are for the caller to add.
+///
+/// # Errors
+/// A rotary embedding that `config.json` cannot describe.
+pub fn config_json(config: &ModelConfig) -> Result<serde_json::Value> {
+    folder::settings::new_config_json(config)
 }
 
 /// What `convert` and `quantize` share.

@@ -34,7 +34,7 @@ const MAX_SHARDS: usize = 4096;
 /// folder's index decides, or `model.safetensors`, or the only safetensors file there is.
 pub(crate) fn load(files: &ModelFiles, weights: Option<&str>) -> Result<Parts> {
     let config = read_config(files)?;
-    let text = text::read(files, &config)?;
+    let text = text::read(files, config.bos_token_id, &config.eos_token_ids)?;
     let HfConfig { model, mut quantization, projection_norm_eps, .. } = config;
     let tensors = open_tensors(files, weights)?;
     // Embedding models of the BitNet family say nothing of it but by these norms.

@@ -3,7 +3,10 @@
 
 pub mod pretokenizers;
 
+use crate::error::{Error, Result};
+use crate::files::ModelFiles;
 use bytes::Bytes;
+use std::path::Path;
 
 /// Tokenizer and template of a checkpoint, after known wrong metadata was corrected.
 #[derive(Debug, Clone, Default)]
@@ -22,6 +25,22 @@ pub struct TextAssets {
     pub add_eos: bool,
     /// Text of `bos`, `eos`, … for the chat template: `("bos_token", "<s>")`.
     pub special_tokens: Vec<(String, String)>,
+}
+
+impl TextAssets {
+    /// What the files of a tokenizer in a Hugging Face folder say, whether a model is in it or not.
+    /// `config.json` is not read.
+    ///
+    /// # Errors
+    /// A folder without a tokenizer, files that are damaged.
+    pub fn from_folder(path: impl AsRef<Path>) -> Result<Self> {
+        let files = ModelFiles::folder(path.as_ref());
+        let assets = crate::hf::text::read(&files, None, &[])?;
+        match assets.tokenizer {
+            Some(_) => Ok(assets),
+            None => Err(Error::missing("tokenizer.json").in_file(files.place())),
+        }
+    }
 }
 
 /// The two forms tokenizers come in.

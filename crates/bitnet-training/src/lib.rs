@@ -8,14 +8,21 @@
 
 mod attention;
 pub mod batch;
+pub mod checkpoint;
+pub mod data;
 pub mod distill;
 pub mod error;
+pub mod export;
 mod head;
 mod linear;
 mod matmul;
 pub mod model;
 pub mod optimizer;
+pub mod recipe;
+pub mod run;
 pub mod schedule;
+pub mod teacher;
+pub mod tokenizer;
 pub mod trainer;
 mod vector;
 mod weights;

@@ -11,3 +11,5 @@ pub(crate) mod logits;
 pub(crate) mod quantize;
 pub(crate) mod run;
 pub(crate) mod serve;
+pub(crate) mod tokenizer;
+pub(crate) mod train;

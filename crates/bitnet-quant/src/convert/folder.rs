@@ -3,7 +3,7 @@
 //! The files of a Hugging Face source that say more than this crate reads (tokenizer settings,
 //! generation settings) are copied as they are; for other sources they are made anew.
 
-mod settings;
+pub(super) mod settings;
 
 use super::output::NewFile;
 use super::source::{Content, Item, Source, Table};
@@ -25,8 +25,8 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
 
-/// Files copied from a Hugging Face source.
-const TEXT_FILES: [&str; 6] = [
+/// The files of a Hugging Face folder that say something about text; they follow a model.
+pub const TEXT_FILES: [&str; 6] = [
     TOKENIZER,
     "tokenizer.model",
     "tokenizer_config.json",
@@ -52,6 +52,12 @@ pub(super) fn write(
         let _ = std::fs::remove_dir(out);
     }
     result
+}
+
+/// Writes the text files alone.
+pub(super) fn write_text(source: &Source<'_>, options: ConvertOptions, out: &Path) -> Result<()> {
+    std::fs::create_dir_all(out).map_err(|e| Error::io(out, "create", e))?;
+    text_files(source, options, out)?.into_iter().try_for_each(NewFile::commit)
 }
 
 /// Makes the folder, or checks that what is in it is not in the way. Says whether it is new.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const BUFFER: usize = 1 << 20;
 
 /// A file being written beside its final place; dropped before [`NewFile::commit`], it vanishes.
-pub(super) struct NewFile {
+pub struct NewFile {
     temporary: PathBuf,
     path: PathBuf,
     file: Option<BufWriter<File>>,
@@ -18,7 +18,10 @@ pub(super) struct NewFile {
 
 impl NewFile {
     /// Starts the file `path`; one that exists is in the way unless `replace`.
-    pub(super) fn create(path: &Path, replace: bool) -> Result<Self> {
+    ///
+    /// # Errors
+    /// A file in the way, a folder that cannot be written to.
+    pub fn create(path: &Path, replace: bool) -> Result<Self> {
         if !replace && path.symlink_metadata().is_ok() {
             return Err(Error::Exists(path.to_owned()));
         }
@@ -36,18 +39,24 @@ impl NewFile {
     }
 
     /// Where bytes go.
-    pub(super) fn writer(&mut self) -> &mut impl Write {
+    pub fn writer(&mut self) -> &mut impl Write {
         self.file.as_mut().expect("taken only by `commit`, which ends the value")
     }
 
     /// Writes `bytes`.
-    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let written = self.writer().write_all(bytes);
         written.map_err(|e| Error::io(&self.path, "write", e))
     }
 
     /// Brings the file to the disk and gives it its name.
-    pub(super) fn commit(mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// A full disk, a name that a folder has.
+    pub fn commit(mut self) -> Result<()> {
         let file = self.file.take().expect("present until here");
         let file = file.into_inner().map_err(|e| Error::io(&self.path, "write", e.into_error()))?;
         file.sync_all().map_err(|e| Error::io(&self.path, "write", e))?;

@@ -3,7 +3,7 @@
 //! These stand in up to seven files, several of which may say where a text ends; all that do are
 //! heard. The bytes of `tokenizer.json` are passed on uninterpreted but for its added tokens.
 
-use super::config::{HfConfig, TokenIds};
+use super::config::TokenIds;
 use super::sentencepiece;
 use crate::error::{Error, Result};
 use crate::files::ModelFiles;
@@ -81,8 +81,12 @@ struct AddedToken {
     content: String,
 }
 
-/// Reads all that `files` say about text.
-pub(crate) fn read(files: &ModelFiles, config: &HfConfig) -> Result<TextAssets> {
+/// Reads all that `files` say about text, beside what `config.json` says.
+pub(crate) fn read(
+    files: &ModelFiles,
+    config_bos: Option<u32>,
+    config_eos: &[u32],
+) -> Result<TextAssets> {
     let json = files.read("tokenizer.json", MAX_TOKENIZER)?;
     let mut settings: TokenizerConfig = parse(files, "tokenizer_config.json")?.unwrap_or_default();
     let generation: GenerationConfig = parse(files, "generation_config.json")?.unwrap_or_default();
@@ -108,7 +112,7 @@ pub(crate) fn read(files: &ModelFiles, config: &HfConfig) -> Result<TextAssets> 
     };
     let generation_bos = generation.bos_token_id.and_then(|ids| ids.into_vec().first().copied());
     let mut eos_token_ids = generation.eos_token_id.map(TokenIds::into_vec).unwrap_or_default();
-    eos_token_ids.extend(&config.eos_token_ids);
+    eos_token_ids.extend(config_eos);
     eos_token_ids.extend(id_of("eos_token"));
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
@@ -116,7 +120,7 @@ pub(crate) fn read(files: &ModelFiles, config: &HfConfig) -> Result<TextAssets> 
     Ok(TextAssets {
         tokenizer: tokenizer(files, json)?,
         chat_template: chat_template(files, settings.chat_template)?,
-        bos_token_id: id_of("bos_token").or(config.bos_token_id).or(generation_bos),
+        bos_token_id: id_of("bos_token").or(config_bos).or(generation_bos),
         eos_token_ids,
         add_bos: settings.add_bos_token,
         add_eos: settings.add_eos_token.unwrap_or(false),

@@ -25,12 +25,41 @@ pub(super) fn config_json(
             json!({ "rope_theta": config.rope_theta, "rope_scaling": rope(config)? })
         }
     };
+    let settings = shape(config);
+    let object = json.as_object_mut();
+    let object = object.ok_or_else(|| Error::malformed(CONFIG, "an object", "something else"))?;
+    object.extend(settings.as_object().cloned().unwrap_or_default());
+    for outdated in ["weight_bits", "input_bits", "auto_map", "quantization_config"] {
+        object.remove(outdated);
+    }
+    if let Origin::Gguf(_) = source.checkpoint.parts().origin {
+        let text = source.checkpoint.text();
+        object.insert("bos_token_id".into(), json!(text.bos_token_id));
+        object.insert("eos_token_id".into(), json!(text.eos_token_ids));
+    }
+    if items.iter().any(|item| matches!(item.content, Content::Ternary(_))) {
+        object.insert("quantization_config".into(), quantization(scale_use, config, items));
+    }
+    Ok(json)
+}
+
+/// `config.json` of a model that has none yet, without special tokens and quantization.
+pub(in crate::convert) fn new_config_json(config: &ModelConfig) -> Result<Value> {
+    let mut json = json!({ "rope_theta": config.rope_theta, "rope_scaling": rope(config)? });
+    if let (Some(object), Value::Object(settings)) = (json.as_object_mut(), shape(config)) {
+        object.extend(settings);
+    }
+    Ok(json)
+}
+
+/// What `config.json` says of the shape of a model.
+fn shape(config: &ModelConfig) -> Value {
     let (class, model_type) = match config.architecture {
         Architecture::Bitnet => ("BitNetForCausalLM", "bitnet"),
         Architecture::Llama => ("LlamaForCausalLM", "llama"),
         Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
     };
-    let settings = json!({
+    json!({
         "architectures": [class],
         "model_type": model_type,
         "hidden_size": config.hidden_size,
@@ -48,22 +77,7 @@ pub(super) fn config_json(
         },
         "attention_bias": config.attention_bias,
         "tie_word_embeddings": config.tie_word_embeddings,
-    });
-    let object = json.as_object_mut();
-    let object = object.ok_or_else(|| Error::malformed(CONFIG, "an object", "something else"))?;
-    object.extend(settings.as_object().cloned().unwrap_or_default());
-    for outdated in ["weight_bits", "input_bits", "auto_map", "quantization_config"] {
-        object.remove(outdated);
-    }
-    if let Origin::Gguf(_) = source.checkpoint.parts().origin {
-        let text = source.checkpoint.text();
-        object.insert("bos_token_id".into(), json!(text.bos_token_id));
-        object.insert("eos_token_id".into(), json!(text.eos_token_ids));
-    }
-    if items.iter().any(|item| matches!(item.content, Content::Ternary(_))) {
-        object.insert("quantization_config".into(), quantization(scale_use, config, items));
-    }
-    Ok(json)
+    })
 }
 
 fn quantization(scale_use: ScaleUse, config: &ModelConfig, items: &[Item]) -> Value {

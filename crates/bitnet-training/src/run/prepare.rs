@@ -1,0 +1,257 @@
+//! Everything before the first step: folder, tokenizer, tokens, model, and whether they fit.
+
+use std::path::{Path, PathBuf};
+
+use bitnet_inference::source;
+use bitnet_quant::Checkpoint;
+use bitnet_quant::config::ModelConfig;
+use bitnet_quant::convert::{self, TEXT_FILES};
+use bitnet_quant::text::TextAssets;
+
+use super::log::Log;
+use super::{Event, LONGEST_EVAL, Place, Run, Start, write_file};
+use crate::checkpoint::{self, Position};
+use crate::data::{
+    Corpus, Encoder, Mixture, MixtureState, Share, Stage, Tokens, Windows, open_text,
+};
+use crate::error::{Error, Result};
+use crate::model::{Model, ParameterKind, Precision};
+use crate::recipe::{CorpusRecipe, Recipe};
+use crate::teacher::{self, Teacher};
+use crate::tokenizer::{TokenizerOptions, train_tokenizer};
+use crate::trainer::Trainer;
+
+pub(super) const RECIPE: &str = "recipe.toml";
+pub(super) const TEXT: &str = "text";
+pub(super) const TOKENS: &str = "tokens";
+pub(super) const CHECKPOINTS: &str = "checkpoints";
+
+type Hear<'a> = &'a mut dyn FnMut(Event<'_>) -> bool;
+
+/// What the model is called.
+pub(super) fn name(recipe: &Recipe, folder: &Path) -> String {
+    let folder = || {
+        let full = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+        full.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned())
+    };
+    recipe.name.clone().unwrap_or_else(folder)
+}
+
+impl Run {
+    /// Checks the recipe, makes what it needs, and brings the model to where the run begins.
+    pub(super) fn prepare(recipe: &Recipe, place: &Place, hear: Hear<'_>) -> Result<Self> {
+        recipe.check()?;
+        let folder = &place.folder;
+        let saved = checkpoint::newest(&folder.join(CHECKPOINTS))?;
+        match (&saved, place.resume) {
+            (Some(_), false) => {
+                let expected = "a folder without a run, or to be told to resume";
+                return Err(Error::input(folder.display().to_string(), expected, "a run"));
+            }
+            (None, true) => {
+                let expected = "a run with a checkpoint to resume";
+                return Err(Error::input(folder.display().to_string(), expected, "none"));
+            }
+            _ => {}
+        }
+        let from = recipe.from.as_deref().map(source::open).transpose()?;
+        let teacher = match &recipe.distill {
+            Some(distill) => {
+                let opened = source::open(&distill.teacher)?;
+                let model = Model::from_checkpoint(&opened, Precision::Float)?;
+                Some((opened, model, distill))
+            }
+            None => None,
+        };
+        // Whose text and shape the model has, unless it is new.
+        let origin = from.as_ref().or(teacher.as_ref().map(|(opened, ..)| opened));
+        let eval_text =
+            recipe.eval.text.as_ref().map(|path| open_text(path, LONGEST_EVAL)).transpose()?;
+        text_folder(recipe, origin, &folder.join(TEXT), hear)?;
+        let encoder = Encoder::new(&TextAssets::from_folder(folder.join(TEXT))?)?;
+        let mut config = config(recipe, origin, &name(recipe, folder), &encoder)?;
+        let precision = recipe.precision();
+        let student = match (&from, &teacher) {
+            (None, Some((_, teacher, distill))) => {
+                Some(teacher::student(teacher, distill.sub_norms)?)
+            }
+            _ => None,
+        };
+        if let Some(student) = &student {
+            config = ModelConfig { name: config.name, ..student.config().clone() };
+        }
+        let mut mixture = mixture(recipe, &encoder, &folder.join(TOKENS), hear)?;
+        for corpus in mixture.corpora() {
+            let tokens = corpus.windows.tokens();
+            if tokens.info().ids_below as usize > config.vocab_size {
+                let expected = format!("tokens below the vocabulary's size {}", config.vocab_size);
+                return Err(Error::input(tokens.name(), expected, tokens.info().ids_below - 1));
+            }
+        }
+        let options = recipe.options();
+        let identity = recipe.identity();
+        let (trainer, position) = match &saved {
+            Some(saved) => {
+                let (trainer, position) = checkpoint::load(saved, config, precision, options)?;
+                if position.recipe != identity {
+                    let what = saved.display().to_string();
+                    return Err(Error::input(
+                        what,
+                        format!("a run with {identity}"),
+                        position.recipe,
+                    ));
+                }
+                mixture.restore(position.data.clone())?;
+                (trainer, position)
+            }
+            None => {
+                let model = match (&from, student) {
+                    (Some(from), _) => Model::from_checkpoint(from, precision)?,
+                    (None, Some(student)) => student,
+                    (None, None) => Model::new(config, precision, recipe.seed)?,
+                };
+                let data = mixture.state().clone();
+                (Trainer::new(model, options)?, start(identity, data))
+            }
+        };
+        write_file(&folder.join(RECIPE), recipe.to_toml()?.as_bytes())?;
+        let log = Log::open(folder, position.step)?;
+        let teacher = match teacher {
+            Some((_, model, distill)) => Some(Teacher::new(model, distill.options(), options)?),
+            None => None,
+        };
+        let (recipe, folder) = (recipe.clone(), folder.clone());
+        let length = recipe.length()?;
+        let run =
+            Self { recipe, folder, length, mixture, trainer, position, log, eval_text, teacher };
+        match hear(Event::Started(&run.start())) {
+            true => Ok(run),
+            false => Err(Error::Stopped),
+        }
+    }
+
+    fn start(&self) -> Start {
+        let model = self.trainer.model();
+        let ternary = |kind| matches!(kind, ParameterKind::Projection);
+        let ternary = model.named_parameters().filter(|(parameter, _)| ternary(parameter.kind));
+        let train = &self.recipe.train;
+        let corpora = self.mixture.corpora().iter();
+        Start {
+            name: name(&self.recipe, &self.folder),
+            parameters: model.parameter_count(),
+            ternary: ternary.map(|(_, values)| values.len()).sum(),
+            corpus_tokens: corpora.map(|corpus| corpus.windows.tokens().len() as u64).sum(),
+            step: (train.rows * train.accumulate, train.window),
+            length: self.length,
+            steps_done: self.position.step,
+        }
+    }
+}
+
+fn start(recipe: String, data: MixtureState) -> Position {
+    Position { step: 0, tokens: 0, seconds: 0.0, data, recipe }
+}
+
+/// Fills the folder with the tokenizer: the one asked for, the model's, or a new one.
+fn text_folder(
+    recipe: &Recipe,
+    from: Option<&Checkpoint>,
+    folder: &Path,
+    hear: Hear<'_>,
+) -> Result<()> {
+    if folder.join("tokenizer.json").exists() {
+        return Ok(()); // of the run that goes on, or of one that ended before its first checkpoint
+    }
+    match (&recipe.tokenizer, from) {
+        (Some(source), _) => copy_text(source, folder),
+        (None, Some(from)) => Ok(convert::write_text(from, folder, true)?),
+        (None, None) => {
+            let options = TokenizerOptions {
+                end_of_text: recipe.separator().to_owned(),
+                ..TokenizerOptions::new(recipe.model.vocab_size()?)
+            };
+            // Counting words runs on several threads; the listener stays on this one.
+            let files = recipe.training_files();
+            let mut stopped = false;
+            hear(Event::TrainingTokenizer(0));
+            let trained = train_tokenizer(&files, &options, folder, true, &mut |_| true)?;
+            stopped |= !hear(Event::TrainingTokenizer(trained.text_bytes));
+            if stopped { Err(Error::Stopped) } else { Ok(()) }
+        }
+    }
+}
+
+fn copy_text(source: &Path, folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|error| Error::io(folder, "create", error))?;
+    for name in TEXT_FILES {
+        let path = source.join(name);
+        if path.is_file() {
+            let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, "read", error))?;
+            write_file(&folder.join(name), &bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// The shape of the model: new, or that of the one to go on from.
+fn config(
+    recipe: &Recipe,
+    from: Option<&Checkpoint>,
+    name: &str,
+    encoder: &Encoder,
+) -> Result<ModelConfig> {
+    let (tokens, window) = (encoder.tokenizer().vocab_size(), recipe.train.window);
+    let Some(from) = from else { return recipe.model.config(name, tokens, window) };
+    let config = from.config().clone();
+    if tokens > config.vocab_size {
+        let expected = format!("a tokenizer of at most {} tokens, as the model", config.vocab_size);
+        return Err(Error::setting("tokenizer", expected, tokens));
+    }
+    if window > config.max_position_embeddings {
+        let expected = format!("at most the model's context, {}", config.max_position_embeddings);
+        return Err(Error::setting("train.window", expected, window));
+    }
+    Ok(ModelConfig { name: name.to_owned(), ..config })
+}
+
+/// Opens or makes the tokens of every corpus.
+fn mixture(recipe: &Recipe, encoder: &Encoder, folder: &Path, hear: Hear<'_>) -> Result<Mixture> {
+    let mut known: Vec<&[PathBuf]> = Vec::new();
+    let mut corpora = Vec::new();
+    let mut stages = Vec::new();
+    for stage in &recipe.stage {
+        let mut shares = Vec::new();
+        for CorpusRecipe { files, weight } in &stage.mix {
+            let corpus = match known.iter().position(|other| *other == files.as_slice()) {
+                Some(corpus) => corpus,
+                None => {
+                    let windows = windows(recipe, files, known.len(), encoder, folder, hear)?;
+                    known.push(files);
+                    corpora.push(Corpus { windows });
+                    known.len() - 1
+                }
+            };
+            shares.push(Share { corpus, weight: *weight });
+        }
+        stages.push(Stage { until: stage.until, shares });
+    }
+    Mixture::new(corpora, stages)
+}
+
+fn windows(
+    recipe: &Recipe,
+    files: &[PathBuf],
+    index: usize,
+    encoder: &Encoder,
+    folder: &Path,
+    hear: Hear<'_>,
+) -> Result<Windows> {
+    let name = files.first().and_then(|file| file.file_name()).unwrap_or_default();
+    let name = name.to_string_lossy().into_owned();
+    let separator = Some(recipe.separator());
+    let tokens = Tokens::open_or_build(files, separator, encoder, folder, &mut |bytes| {
+        hear(Event::Tokenizing { name: &name, bytes })
+    })?;
+    let seed = recipe.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index as u64);
+    Windows::new(tokens, recipe.train.window, seed)
+}

@@ -1,0 +1,99 @@
+//! Looks at a model in training through the engine that will run it: bits per byte of held-out text,
+//! and continuations.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use bitnet_inference::eval::{EvalMode, EvalOptions, evaluate};
+use bitnet_inference::{EngineConfig, GenerationOptions, InferenceEngine, KvType, MemorySize};
+use bitnet_quant::Checkpoint;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::export;
+use crate::model::Model;
+use crate::recipe::SampleRecipe;
+
+/// How well held-out text is predicted.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Bits the model needs for a byte.
+    pub bits_per_byte: f64,
+    /// Mean negative log-probability of a token.
+    pub nats_per_token: f64,
+    /// Tokens that counted.
+    pub tokens: u64,
+    /// Bytes of text they stand for.
+    pub bytes: u64,
+}
+
+/// A continuation, unedited.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sampled {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// What was to be continued.
+    pub prompt: String,
+    /// The continuation.
+    pub text: String,
+}
+
+/// A model in training, opened by the engine.
+pub(super) struct Probe {
+    engine: InferenceEngine,
+    model: bitnet_inference::Model,
+    step: u64,
+}
+
+impl Probe {
+    /// Opens `model` as it is after `step`, with the text files of the folder `text`.
+    pub(super) fn new(model: &Model, text: &Path, step: u64, threads: usize) -> Result<Self> {
+        let checkpoint: Checkpoint = export::checkpoint(model, "training", text)?;
+        let engine = InferenceEngine::with_config(EngineConfig {
+            threads: Some(threads),
+            kv_type: KvType::F32,
+            memory_pool_size: MemorySize::MB(256),
+            batch_size: 4,
+            device: bitnet_inference::Device::Cpu,
+            ..EngineConfig::balanced()
+        })?;
+        let model = engine.load_source_blocking("training", &checkpoint)?;
+        Ok(Self { engine, model, step })
+    }
+
+    /// Measures how well it predicts `text`, in windows of `window` tokens of which all but the first
+    /// count. `go_on` may stop early.
+    pub(super) fn measure(
+        &self,
+        text: &str,
+        window: usize,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<Measured> {
+        let options = EvalOptions {
+            window: Some(window.min(self.model.context_length() - 1)),
+            mode: EvalMode::Full,
+        };
+        let found = evaluate(&self.engine, &self.model, text, &options, &mut |_| {
+            if go_on() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        Ok(Measured {
+            step: self.step,
+            bits_per_byte: found.bits_per_byte(),
+            nats_per_token: found.nats_per_token(),
+            tokens: found.tokens,
+            bytes: found.bytes,
+        })
+    }
+
+    /// Continues `prompt`; the same `seed` gives the same text.
+    pub(super) fn sample(&self, prompt: &str, how: &SampleRecipe, seed: u64) -> Result<Sampled> {
+        let options = GenerationOptions::default()
+            .max_tokens(how.tokens)
+            .temperature(how.temperature)
+            .seed(seed);
+        let answer = self.engine.generate_blocking(&self.model, prompt, &options)?;
+        Ok(Sampled { step: self.step, prompt: prompt.to_owned(), text: answer.text })
+    }
+}
