@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bitnet_core::backend::DeviceInfo;
 use bitnet_inference::{Model, Usage};
 use serde_json::{Value, json};
 
@@ -55,6 +56,24 @@ pub(crate) fn usage_json(usage: &Usage) -> (Value, Value) {
     (counts, times)
 }
 
+/// What happened to a model after it said `known` warnings: a device that was lost. Returns how many
+/// it has said now.
+pub(crate) fn moved(model: &Model, known: usize, term: &Term) -> usize {
+    let warnings = model.warnings();
+    for warning in warnings.iter().skip(known) {
+        term.warn(warning);
+    }
+    warnings.len()
+}
+
+/// The kernel of a device and, where that means something, its threads.
+pub(crate) fn kernel(device: &DeviceInfo) -> String {
+    match device.threads {
+        0 => format!("kernel {}", device.kernel),
+        n => format!("kernel {}, {n} threads", device.kernel),
+    }
+}
+
 /// For those who asked: where the model runs, how long loading took, what it holds.
 pub(crate) fn loaded(model: &Model, term: &Term) {
     if !term.is_verbose() {
@@ -62,12 +81,11 @@ pub(crate) fn loaded(model: &Model, term: &Term) {
     }
     let device = model.device();
     term.detail(&format!(
-        "{} on {} ({}), kernel {}, {} threads",
+        "{} on {} ({}), {}",
         model.get_model_id(),
         device.name,
         device.hardware,
-        device.kernel,
-        device.threads
+        kernel(device)
     ));
     let memory = model.memory();
     term.detail(&format!(

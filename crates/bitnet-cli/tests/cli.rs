@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{failure, json, run, stdout};
+use common::{failure, json, run, stdout, text};
 
 #[test]
 fn help_teaches_by_example() {
@@ -40,6 +40,35 @@ fn devices_name_the_kernels_of_this_cpu() {
     let kernels = cpu["kernels"].as_array().unwrap();
     assert!(kernels.contains(&"scalar".into()) && kernels.contains(&cpu["kernel"]), "{devices}");
     assert!(stdout(&["devices"]).contains("(chosen)"));
+}
+
+#[test]
+fn every_device_is_here_or_says_why_not() {
+    let list = json(&["devices", "--json"]);
+    let devices = list["devices"].as_array().unwrap();
+    let names: Vec<_> = devices.iter().map(|device| device["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["cpu", "mlx", "metal", "wgpu"]);
+    assert!(names.contains(&list["default"].as_str().unwrap()));
+    for device in devices {
+        let name = device["name"].as_str().unwrap();
+        let args = ["run", "A fox", "--greedy", "-n", "2", "--device", name];
+        if device["available"] == true {
+            assert!(!device["hardware"].as_str().unwrap().is_empty(), "{device}");
+            continue;
+        }
+        // Named and absent: no other device takes over, and the reason is the same.
+        let output = run(&args);
+        assert!(!output.status.success(), "{name}");
+        let reason = device["reason"].as_str().unwrap();
+        assert!(text(&output.stderr).contains(reason), "{name}: {}", text(&output.stderr));
+        // In an order, the next one does.
+        let order = format!("{name},cpu");
+        let output = run(&["run", "A fox", "--greedy", "-n", "2", "--device", &order, "-v"]);
+        assert!(text(&output.stderr).contains("builtin on cpu"), "{}", text(&output.stderr));
+    }
+    let unknown = run(&["run", "A fox", "--device", "abacus"]);
+    assert_eq!(unknown.status.code(), Some(2));
+    assert!(text(&unknown.stderr).contains("metal"), "{}", text(&unknown.stderr));
 }
 
 #[test]

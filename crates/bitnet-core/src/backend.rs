@@ -8,7 +8,7 @@
 //!
 //! The definition of correct is the CPU's scalar path; `testing` holds the conformance suite.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::weights::{FloatRows, LinearWeights, NormWeights};
 use std::ops::Range;
 use std::sync::Arc;
@@ -103,6 +103,37 @@ pub struct Batch {
     pub n_best: Option<usize>,
 }
 
+/// Checks that a step's slices cover its tokens in order, as the operations of a backend rely on.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::Invalid`] says which slice does not, or which logit row is none.
+pub fn check_batch(batch: &Batch) -> Result<()> {
+    let mut next = 0;
+    for slice in &batch.sequences {
+        let (start, end) = (slice.rows.start, slice.rows.end);
+        if start != next || end <= start {
+            let want = format!("rows from {next} on, at least one");
+            return Err(Error::shape("slice of a batch", want, format!("{start}..{end}")));
+        }
+        if slice.first_position.checked_add(end - start).is_none() {
+            let reason = format!("{} overflows", slice.first_position);
+            return Err(Error::invalid("position", reason));
+        }
+        next = end;
+    }
+    if next != batch.tokens.len() {
+        return Err(Error::shape(
+            "slices of a batch",
+            format!("{} rows", batch.tokens.len()),
+            next,
+        ));
+    }
+    match batch.logit_rows.iter().find(|&&row| row >= next) {
+        Some(row) => Err(Error::invalid("logit row", format!("{row} of {next} rows"))),
+        None => Ok(()),
+    }
+}
+
 /// What a table `(vocab, hidden)` is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TableRole {
@@ -123,6 +154,21 @@ pub struct DeviceInfo {
     pub kernel: String,
     /// Threads used, where the notion applies.
     pub threads: usize,
+}
+
+/// What a backend finds when it looks for its device, before any model is placed there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundDevice {
+    /// What the hardware calls itself.
+    pub hardware: String,
+    /// What drives it, with a version where there is one: `Vulkan, Mesa 25.0`.
+    pub driver: Option<String>,
+    /// Memory the device can use, in bytes, where the system tells.
+    pub memory_bytes: Option<u64>,
+    /// Whether that is the memory of the CPU.
+    pub unified_memory: bool,
+    /// Whether it is worth using unasked: false for what imitates a device on the CPU.
+    pub accelerates: bool,
 }
 
 /// Bytes a backend holds on its device.

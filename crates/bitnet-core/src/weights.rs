@@ -4,6 +4,7 @@
 //! like it. Sources decode on demand, so no second full copy of a model ever exists.
 //! Knows nothing of files; `bitnet-quant` implements these traits for every packing.
 
+use crate::error::{Error, Result};
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -56,6 +57,52 @@ pub trait TernaryRows: Send + Sync {
     /// Tells the source that nothing will be read from it for a while, so that mapped file pages
     /// may be dropped from memory.
     fn release(&self) {}
+}
+
+/// Columns that share a scale come in multiples of this.
+const GROUP_UNIT: usize = 16;
+
+/// Checks that scales and groups fit a ternary matrix and each other, as backends rely on.
+///
+/// # Errors
+/// [`Error::Invalid`] for a group that is no multiple of 16 or does not divide the weights' group or
+/// a matrix that is too wide, [`Error::Shape`] for a wrong number of scales.
+pub fn check_ternary(weights: &dyn TernaryRows, activations: ActivationQuant) -> Result<()> {
+    let (rows, cols) = (weights.rows(), weights.cols());
+    if cols > MAX_TERNARY_COLS {
+        let reason = format!("{cols} columns are more than {MAX_TERNARY_COLS}");
+        return Err(Error::invalid("ternary matrix", reason));
+    }
+    let check_group = |what: &str, group: usize| match group {
+        0 => Err(Error::invalid(what, "0 columns")),
+        _ if !group.is_multiple_of(GROUP_UNIT) => {
+            Err(Error::invalid(what, format!("{group} is not a multiple of {GROUP_UNIT}")))
+        }
+        _ => Ok(()),
+    };
+    if let ActivationQuant::PerGroup(group) = activations {
+        check_group("group of activations", group)?;
+    }
+    match weights.scales() {
+        Scales::Tensor(_) => Ok(()),
+        Scales::Row(values) if values.len() == rows => Ok(()),
+        Scales::Row(values) => Err(Error::shape("scales of rows", rows, values.len())),
+        Scales::Group { group, values } => {
+            check_group("group of weights", *group)?;
+            let n_groups = cols.div_ceil(*group);
+            if rows.checked_mul(n_groups) != Some(values.len()) {
+                let expected = format!("{rows} × {n_groups}");
+                return Err(Error::shape("scales of groups", expected, values.len()));
+            }
+            match activations {
+                ActivationQuant::PerGroup(inner) if !group.is_multiple_of(inner) => {
+                    let reason = format!("{inner} does not divide the weights' group of {group}");
+                    Err(Error::invalid("group of activations", reason))
+                }
+                _ => Ok(()),
+            }
+        }
+    }
 }
 
 /// Number format of a float matrix held as raw bytes.

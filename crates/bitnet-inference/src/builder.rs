@@ -56,11 +56,16 @@ impl InferenceEngineBuilder {
         optimization_level: OptimizationLevel
     }
     setting! {
-        /// Where models run.
+        /// Where models run; see [`EngineConfig::device`].
         device: Device
     }
     setting! {
-        /// An absent device is an error instead of a warning.
+        /// Devices to try, best first; stands above [`device`](Self::device).
+        device_order: Vec<Device>
+    }
+    setting! {
+        /// An absent device is an error instead of a warning, and no other one takes over for a
+        /// device that fails.
         strict_device: bool
     }
     setting! {

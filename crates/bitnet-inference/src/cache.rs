@@ -74,6 +74,17 @@ impl<K: Hash + Eq + Clone, V: Clone> LoadCache<K, V> {
         Ok(value)
     }
 
+    /// Forgets the value for `key` if it is of no use any more.
+    pub(crate) fn drop_if(&self, key: &K, useless: impl Fn(&V) -> bool) {
+        let mut state = self.lock();
+        let dropped = match state.entries.get(key) {
+            Some(Entry::Ready { value, .. }) if useless(value) => state.entries.remove(key),
+            _ => None,
+        };
+        drop(state);
+        drop(dropped);
+    }
+
     /// The value for `key` if it is kept now; does not count as use.
     pub(crate) fn peek(&self, key: &K) -> Option<V> {
         match self.lock().entries.get(key) {

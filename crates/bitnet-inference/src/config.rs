@@ -58,9 +58,13 @@ impl OptimizationLevel {
 /// Every setting of an engine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineConfig {
-    /// Where models run.
+    /// Where models run. [`Device::Auto`] leaves the choice to the environment variable
+    /// `BITNET_DEVICE` (names in order, commas between them) and then to this machine.
     pub device: Device,
-    /// An absent device is an error instead of a warning.
+    /// Devices to try in this order; unless empty, it stands above `device` and the environment.
+    pub device_order: Vec<Device>,
+    /// An absent device is an error instead of a warning, and no other device takes over for one
+    /// that fails.
     pub strict_device: bool,
     /// CPU threads; `None`: one for each physical core.
     pub threads: Option<usize>,
@@ -100,6 +104,7 @@ impl EngineConfig {
     pub fn balanced() -> Self {
         Self {
             device: Device::Auto,
+            device_order: Vec::new(),
             strict_device: false,
             threads: None,
             kernel: None,

@@ -14,7 +14,7 @@ use crate::builder::InferenceEngineBuilder;
 use crate::cache::LoadCache;
 use crate::config::EngineConfig;
 use crate::detokenizer::Detokenizer;
-use crate::device::{self, Device, InferenceContext};
+use crate::device::{self, Choice, InferenceContext};
 use crate::error::{InferenceError, Result};
 use crate::input::{InferenceInput, InferenceOutput};
 use crate::model::Model;
@@ -43,7 +43,7 @@ pub struct InferenceEngine(Arc<Inner>);
 
 struct Inner {
     config: EngineConfig,
-    device: Device,
+    choice: Choice,
     warnings: Vec<String>,
     models: LoadCache<PathBuf, Model>,
 }
@@ -75,10 +75,10 @@ impl InferenceEngine {
     /// A setting outside its range; a device that is absent, where `strict_device` is set.
     pub fn with_config(config: EngineConfig) -> Result<Self> {
         config.validate()?;
-        let (device, warning) = device::choose(&config)?;
+        let choice = device::choose(&config)?;
         let models = LoadCache::new(config.max_cached_models, config.max_cached_bytes.bytes());
-        let warnings = warning.into_iter().collect();
-        Ok(Self(Arc::new(Inner { config, device, warnings, models })))
+        let warnings = choice.warning.iter().cloned().collect();
+        Ok(Self(Arc::new(Inner { config, choice, warnings, models })))
     }
 
     /// The settings in force.
@@ -86,10 +86,11 @@ impl InferenceEngine {
         &self.0.config
     }
 
-    /// The device chosen and what it runs with.
+    /// The device chosen and what it runs with. Where a model truly is, its
+    /// [`device`](Model::device) says: a device that fails may hand it on.
     pub fn context(&self) -> InferenceContext {
         InferenceContext {
-            device: self.0.device,
+            device: self.0.choice.first(),
             optimization_level: self.0.config.optimization_level,
             batch_size: self.0.config.batch_size,
         }
@@ -103,7 +104,7 @@ impl InferenceEngine {
     /// The model of `path` if it is loaded now. Looking does not count as use: it does not delay the
     /// model's eviction.
     pub fn loaded_model(&self, path: impl AsRef<Path>) -> Option<Model> {
-        self.0.models.peek(&model_key(path.as_ref()))
+        self.0.models.peek(&model_key(path.as_ref())).filter(|model| !model.has_failed())
     }
 
     /// Models loaded now and the bytes of their weights.
@@ -152,8 +153,9 @@ impl InferenceEngine {
     ) -> Result<Model> {
         let path = path.as_ref();
         let key = model_key(path);
+        self.0.models.drop_if(&key, Model::has_failed);
         self.0.models.get_or_load(&key, || {
-            let model = Model::load(path, &self.0.config, progress)?;
+            let model = Model::load(path, &self.0.config, &self.0.choice, progress)?;
             let bytes = model.memory().weights;
             Ok((model, bytes))
         })
@@ -171,7 +173,8 @@ impl InferenceEngine {
         source: &dyn WeightSource,
     ) -> Result<Model> {
         let started = Instant::now();
-        Model::from_source(id.into(), source, &self.0.config, started, &mut |_, _| {})
+        let Inner { config, choice, .. } = &*self.0;
+        Model::from_source(id.into(), source, config, choice, started, &mut |_, _| {})
     }
 
     /// The logits after the last token of the input: `vocab_size` numbers.

@@ -152,6 +152,16 @@ impl BlockPool {
         Prefix::After(number)
     }
 
+    /// Forgets what the blocks hold; nobody may be using one.
+    pub(crate) fn forget(&mut self) {
+        while let Some((_, id)) = self.evictable.pop_first() {
+            self.unpublish(id);
+            self.blocks[id as usize].released_at = None;
+            self.empty.push(id);
+        }
+        debug_assert_eq!(self.empty.len(), self.blocks.len());
+    }
+
     fn unpublish(&mut self, id: BlockId) {
         if let Some((_, key)) = self.blocks[id as usize].published.take() {
             self.by_content.remove(&key);
@@ -205,6 +215,17 @@ mod tests {
         assert_eq!(pool.allocate(), Some(a[0]));
         assert!(pool.reuse_prefix(&[1, 0], None).0.is_empty());
         assert_eq!(pool.reuse_prefix(&[2, 0], None).0.len(), 1);
+        assert_eq!(pool.allocate(), None);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_found_and_all_blocks_are_free() {
+        let mut pool = BlockPool::new(4, 2);
+        let held = publish_all(&mut pool, &[1, 2, 3, 4, 5, 6], None);
+        pool.release(held);
+        pool.forget();
+        assert!(pool.reuse_prefix(&[1, 2, 3, 4, 5], None).0.is_empty());
+        assert_eq!((0..4).filter_map(|_| pool.allocate()).count(), 4);
         assert_eq!(pool.allocate(), None);
     }
 

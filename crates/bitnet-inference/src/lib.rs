@@ -58,7 +58,7 @@ pub use builder::InferenceEngineBuilder;
 pub use builtin::BUILTIN_MODEL;
 pub use chat_template::{ChatOptions, ChatTemplate, Message};
 pub use config::{EngineConfig, MemorySize, OptimizationLevel};
-pub use device::{Device, InferenceContext};
+pub use device::{Device, InferenceContext, is_metal_available, is_mlx_available};
 pub use engine::InferenceEngine;
 pub use error::{InferenceError, ModelError};
 pub use input::{InferenceInput, InferenceOutput};

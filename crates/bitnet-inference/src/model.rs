@@ -9,13 +9,13 @@ use bitnet_quant::config::ModelConfig;
 
 use crate::chat_template::{ChatOptions, ChatTemplate, Message};
 use crate::config::EngineConfig;
-use crate::device::{self, Placement};
+use crate::device::{self, Choice, Device, Loaded, Placement};
 use crate::draft::Draft;
 use crate::error::{InferenceError, Result};
 use crate::input::InferenceInput;
 use crate::source::{self, WeightSource};
 use crate::tokenizer::Tokenizer;
-use crate::worker::{Worker, WorkerLimits};
+use crate::worker::{Spare, Worker, WorkerLimits};
 
 /// A model on a device, ready to run. Clones share it; the last one to go unloads it.
 #[derive(Clone)]
@@ -30,8 +30,12 @@ struct Inner {
     chat_template: Option<Result<ChatTemplate, String>>,
     plain_template: ChatTemplate,
     load_time: Duration,
+    warnings: Vec<String>,
     worker: Worker,
 }
+
+/// Opens a model's weights again.
+type Reopen = Box<dyn FnOnce() -> Result<Box<dyn WeightSource>> + Send>;
 
 /// What a model is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,19 +61,38 @@ impl Model {
     pub(crate) fn load(
         path: &Path,
         config: &EngineConfig,
+        choice: &Choice,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
         let started = Instant::now();
         let id = path.display().to_string();
         let checkpoint = source::open(path)?;
-        Self::from_source(id, &checkpoint, config, started, progress)
+        let reopen = path.to_path_buf();
+        let reopen =
+            move || -> Result<Box<dyn WeightSource>> { Ok(Box::new(source::open(&reopen)?)) };
+        let reopen = Some(Box::new(reopen) as Reopen);
+        Self::place(id, &checkpoint, config, choice, reopen, started, progress)
     }
 
-    /// Brings a model onto the device, wherever its weights come from.
+    /// Brings a model onto the device, wherever its weights come from. They cannot be read again, so
+    /// a device that is lost takes the model with it.
     pub(crate) fn from_source(
         id: String,
         source: &dyn WeightSource,
         config: &EngineConfig,
+        choice: &Choice,
+        started: Instant,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        Self::place(id, source, config, choice, None, started, progress)
+    }
+
+    fn place(
+        id: String,
+        source: &dyn WeightSource,
+        config: &EngineConfig,
+        choice: &Choice,
+        reopen: Option<Reopen>,
         started: Instant,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
@@ -84,10 +107,26 @@ impl Model {
         let (max_positions, kv_spec) = config.kv_cache(&model_config)?;
         let step = config.step_limits(model_config.vocab_size, max_positions);
         let placement = Placement { kv_spec, max_positions, max_step_tokens: step.max_tokens };
-        let backend = device::load(config, source, placement, progress)?;
+        let Loaded { backend, mut warnings } =
+            device::load(config, choice, source, placement, progress)?;
         let draft = match &config.draft_model {
-            Some(path) => Some(load_draft(path, config, &model_config, kv_spec, max_positions)?),
+            Some(path) => {
+                let beside = Beside { model: &model_config, kv_spec, max_positions };
+                let (draft, more) = load_draft(path, config, choice, beside)?;
+                warnings.extend(more);
+                Some(draft)
+            }
             None => None,
+        };
+        let spare = match reopen {
+            Some(reopen) if choice.ends_on_cpu() && backend.device().name != "cpu" => {
+                let config = config.clone();
+                let spare = move || {
+                    device::open(Device::Cpu, &config, &*reopen()?, placement, &mut |_, _| {})
+                };
+                Some(Box::new(spare) as Spare)
+            }
+            _ => None,
         };
         let limits = WorkerLimits {
             step,
@@ -105,7 +144,8 @@ impl Model {
             }),
             plain_template: ChatTemplate::plain(),
             load_time: started.elapsed(),
-            worker: Worker::spawn(backend, draft, limits)?,
+            warnings,
+            worker: Worker::spawn(backend, draft, spare, limits)?,
             config: model_config,
         })))
     }
@@ -191,14 +231,25 @@ impl Model {
         Ok(InferenceInput::Tokens(tokens.map_err(refused)?))
     }
 
-    /// The device it runs on.
+    /// The device it runs on now.
     pub fn device(&self) -> &DeviceInfo {
-        &self.0.worker.device
+        &self.0.worker.place().device
+    }
+
+    /// What did not go as asked: devices that did not take it when it was loaded and, last, the
+    /// device that was lost while it ran.
+    pub fn warnings(&self) -> Vec<String> {
+        self.0.warnings.iter().chain(&self.0.worker.place().notice).cloned().collect()
+    }
+
+    /// Whether it has stopped for good, with a device that was lost or a step that failed.
+    pub fn has_failed(&self) -> bool {
+        self.0.worker.has_failed()
     }
 
     /// Bytes it holds there.
     pub fn memory(&self) -> MemoryUsage {
-        self.0.worker.memory
+        self.0.worker.place().memory
     }
 
     /// Shape of its KV cache.
@@ -240,14 +291,21 @@ impl Model {
     }
 }
 
-/// Brings a draft model onto the device, with a cache of the same blocks as the model's.
+/// The model a draft model works for.
+struct Beside<'a> {
+    model: &'a ModelConfig,
+    kv_spec: KvSpec,
+    max_positions: usize,
+}
+
+/// Brings a draft model onto the device, with a cache of the same blocks as the model's. Also
+/// returns which devices did not take it.
 fn load_draft(
     path: &Path,
     config: &EngineConfig,
-    model: &ModelConfig,
-    beside: KvSpec,
-    max_positions: usize,
-) -> Result<Draft> {
+    choice: &Choice,
+    Beside { model, kv_spec, max_positions }: Beside<'_>,
+) -> Result<(Draft, Vec<String>)> {
     let checkpoint = source::open(path)?;
     let draft = checkpoint.config();
     if draft.vocab_size != model.vocab_size {
@@ -255,11 +313,12 @@ fn load_draft(
         let got = format!("{} with {}", path.display(), draft.vocab_size);
         return Err(InferenceError::input("draft_model", expected, got));
     }
-    let kv_spec = config.draft_kv(draft, beside);
+    let kv_spec = config.draft_kv(draft, kv_spec);
     let max_step_tokens = config.step_limits(draft.vocab_size, max_positions).max_tokens;
     let placement = Placement { kv_spec, max_positions, max_step_tokens };
-    let backend = device::load(config, &checkpoint, placement, &mut |_, _| {})?;
-    Ok(Draft::new(backend, draft.vocab_size, max_step_tokens))
+    let Loaded { backend, warnings } =
+        device::load(config, choice, &checkpoint, placement, &mut |_, _| {})?;
+    Ok((Draft::new(backend, draft.vocab_size, max_step_tokens), warnings))
 }
 
 impl std::fmt::Debug for Model {

@@ -101,6 +101,14 @@ impl Scheduler {
         all
     }
 
+    /// The cache is lost: all running sequences go back to the queue, and nothing is shared.
+    pub(crate) fn start_over(&mut self) {
+        while let Some(last) = self.running.len().checked_sub(1) {
+            self.preempt(last);
+        }
+        self.pool.forget();
+    }
+
     /// Removes a running sequence that has all it asked for.
     pub(crate) fn finish(&mut self, sequence: usize, reason: FinishReason) {
         let mut sequence = self.running.remove(sequence);

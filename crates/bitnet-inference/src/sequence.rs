@@ -18,6 +18,9 @@ pub(crate) struct Sequence {
     /// Tokens at the front whose keys and values are in the cache.
     pub(crate) n_computed: usize,
     pub(crate) goal: Goal,
+    /// Positions at the front whose rows were handed out, where every row is wanted: one that starts
+    /// again computes them again.
+    pub(crate) n_handed_out: usize,
     /// Guesses of what follows `tokens`, verified by the next step.
     pub(crate) guess: Vec<u32>,
     pub(crate) lookup: PromptLookup,
@@ -52,6 +55,7 @@ impl Sequence {
             tokens: request.tokens,
             n_computed: 0,
             goal: request.goal,
+            n_handed_out: 0,
             guess: Vec::new(),
             lookup: PromptLookup::default(),
             n_drafted: 0,

@@ -6,7 +6,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -31,6 +31,18 @@ pub(crate) struct WorkerLimits {
     /// Positions a sequence may reach: the context length.
     pub(crate) max_positions: usize,
     pub(crate) vocab_size: usize,
+}
+
+/// Brings the model onto another device, for when the first one is lost.
+pub(crate) type Spare = Box<dyn FnOnce() -> Result<Box<dyn InferenceBackend>> + Send>;
+
+/// What a model runs on, and what happened to it there.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) device: DeviceInfo,
+    pub(crate) memory: MemoryUsage,
+    /// Why the model is no longer where it was loaded.
+    pub(crate) notice: Option<String>,
 }
 
 enum Command {
@@ -58,26 +70,32 @@ pub(crate) struct Worker {
     stats: Arc<WorkerStats>,
     limits: WorkerLimits,
     pub(crate) kv_spec: KvSpec,
-    pub(crate) device: DeviceInfo,
-    pub(crate) memory: MemoryUsage,
+    loaded: Place,
+    /// Set when another device took over.
+    moved: Arc<OnceLock<Place>>,
 }
 
 impl Worker {
-    /// Starts the thread that owns `backend`.
+    /// Starts the thread that owns `backend`. If its device is lost, `spare` takes over.
     pub(crate) fn spawn(
         backend: Box<dyn InferenceBackend>,
         draft: Option<Draft>,
+        spare: Option<Spare>,
         mut limits: WorkerLimits,
     ) -> Result<Self> {
         let kv_spec = backend.kv_spec();
         limits.max_positions = limits.max_positions.min(kv_spec.n_blocks * kv_spec.block_tokens);
-        let (device, memory) = (backend.device(), backend.get_memory_usage());
+        let loaded =
+            Place { device: backend.device(), memory: backend.get_memory_usage(), notice: None };
+        let moved = Arc::new(OnceLock::new());
         let stats = Arc::new(WorkerStats::default());
         let (commands, inbox) = mpsc::channel();
         let pool = BlockPool::new(kv_spec.n_blocks, kv_spec.block_tokens);
         let mut state = WorkerThread {
             backend,
             draft,
+            spare,
+            moved: moved.clone(),
             scheduler: Scheduler::new(pool, limits.step),
             limits,
             stats: stats.clone(),
@@ -92,7 +110,17 @@ impl Worker {
             .spawn(move || state.run(&inbox))
             .map_err(|e| InferenceError::thread(&e))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { commands, thread, stats, limits, kv_spec, device, memory })
+        Ok(Self { commands, thread, stats, limits, kv_spec, loaded, moved })
+    }
+
+    /// Where the model is now.
+    pub(crate) fn place(&self) -> &Place {
+        self.moved.get().unwrap_or(&self.loaded)
+    }
+
+    /// Whether the thread has ended after an error it could not mend.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.stats.failed.load(Ordering::Acquire)
     }
 
     pub(crate) fn stats(&self) -> &WorkerStats {
@@ -133,7 +161,7 @@ impl Worker {
     }
 
     fn check(&self, request: &Request) -> Result<()> {
-        if self.stats.failed.load(Ordering::Acquire) {
+        if self.has_failed() {
             return Err(InferenceError::stopped());
         }
         let n_tokens = request.tokens.len();
@@ -174,6 +202,8 @@ impl Drop for Worker {
 struct WorkerThread {
     backend: Box<dyn InferenceBackend>,
     draft: Option<Draft>,
+    spare: Option<Spare>,
+    moved: Arc<OnceLock<Place>>,
     scheduler: Scheduler,
     limits: WorkerLimits,
     stats: Arc<WorkerStats>,
@@ -205,7 +235,10 @@ impl WorkerThread {
             let outcome = catch_unwind(AssertUnwindSafe(|| self.step()));
             let error = match outcome {
                 Ok(Ok(())) => continue,
-                Ok(Err(error)) => InferenceError::device("step", error),
+                Ok(Err(error)) => match self.move_away(error) {
+                    Ok(()) => continue,
+                    Err(error) => error,
+                },
                 Err(_) => {
                     InferenceError::Concurrency { reason: "the engine failed inside a step".into() }
                 }
@@ -252,6 +285,26 @@ impl WorkerThread {
         Ok(())
     }
 
+    /// After a device was lost: goes on with the spare one, if there is one. Sequences start again
+    /// there from their tokens. Otherwise returns why the worker has to stop.
+    fn move_away(&mut self, error: bitnet_core::Error) -> Result<()> {
+        let lost = matches!(error, bitnet_core::Error::Device { .. });
+        let error = InferenceError::device("step", error);
+        let Some(spare) = self.spare.take_if(|_| lost) else { return Err(error) };
+        self.backend = spare().map_err(|second| InferenceError::Gpu {
+            device: self.backend.device().name,
+            reason: format!("{error}; and nothing could take over: {second}"),
+        })?;
+        let without = if self.draft.take().is_some() { ", without the draft model" } else { "" };
+        let device = self.backend.device();
+        let notice = format!("{error}: {} took over{without}", device.name);
+        let memory = self.backend.get_memory_usage();
+        // There is one spare, so this is the only time.
+        let _ = self.moved.set(Place { device, memory, notice: Some(notice) });
+        self.scheduler.start_over();
+        Ok(())
+    }
+
     /// How many of the largest logits decide every row of the step, if that is all that matters.
     fn best_wanted(&self) -> Option<usize> {
         let with_logits = self.plan.iter().filter(|slice| !slice.logit_rows.is_empty());
@@ -273,6 +326,11 @@ impl WorkerThread {
             sequence.advance(slice.rows.len() - guess.len(), &mut self.scheduler.pool);
             let rows = &mut self.logits
                 [slice.logit_rows.start * vocab_size..slice.logit_rows.end * vocab_size];
+            let known = match sequence.wants_every_row() {
+                true => sequence.n_handed_out.saturating_sub(first_position),
+                false => 0,
+            };
+            sequence.n_handed_out = sequence.n_handed_out.max(sequence.n_computed);
             let end = match &sequence.goal {
                 Goal::Generate(_) if rows.is_empty() => None,
                 Goal::Generate(_) => {
@@ -287,14 +345,14 @@ impl WorkerThread {
                     end
                 }
                 Goal::Logits { .. } => {
-                    for row in rows.chunks_exact(vocab_size) {
+                    for row in rows.chunks_exact(vocab_size).skip(known) {
                         sequence.send(Event::Logits(row.to_vec()));
                     }
                     (sequence.n_pending() == 0).then_some(FinishReason::Stop)
                 }
                 Goal::Score { top } => {
                     let next = &sequence.tokens[(first_position + 1).min(sequence.tokens.len())..];
-                    for (row, &token) in rows.chunks_exact(vocab_size).zip(next) {
+                    for (row, &token) in rows.chunks_exact(vocab_size).zip(next).skip(known) {
                         sequence.send(Event::Score(with_alternatives(row, token, *top)));
                     }
                     (sequence.n_pending() == 0).then_some(FinishReason::Stop)

@@ -76,6 +76,20 @@ fn compare(engine: &InferenceEngine, model: &Model, golden: &Golden, logits: &st
     (distance(&ours, &reference), equal as f64 / rows().count() as f64)
 }
 
+/// All tests of this file run on the device that `BITNET_DEVICE` names; here it is made sure that
+/// nothing else has taken its place.
+#[test]
+fn the_device_asked_for_runs_the_models() {
+    let Ok(asked) = std::env::var("BITNET_DEVICE") else { return };
+    let engine = exact_engine();
+    assert_eq!(engine.warnings(), [""; 0]);
+    let model = engine.load_model_blocking("builtin").unwrap();
+    let input = InferenceInput::Tokens(vec![1, 2, 3]);
+    engine.infer_blocking(&model, &input).unwrap();
+    assert_eq!(model.warnings(), [""; 0]);
+    assert!(asked == "auto" || model.device().name == asked, "{:?}", model.device());
+}
+
 #[test]
 fn logits_of_every_form_match_the_reference() {
     let engine = exact_engine();

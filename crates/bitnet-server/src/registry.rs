@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use axum::http::StatusCode;
@@ -21,6 +22,19 @@ pub(crate) struct Entry {
     /// Seconds since 1970 of the file's last change, or of the server's start.
     pub created: u64,
     loading: Mutex<()>,
+    /// Warnings of the loaded model that are in the log.
+    logged: AtomicUsize,
+}
+
+impl Entry {
+    /// Logs what happened to its model since the last time: devices passed over or lost.
+    fn log_warnings(&self, model: &Model) {
+        let warnings = model.warnings();
+        let known = self.logged.swap(warnings.len(), Ordering::Relaxed);
+        for warning in warnings.iter().skip(known) {
+            tracing::warn!(model = &*self.name, warning, "a model is not where it should be");
+        }
+    }
 }
 
 /// All models on offer, in the order they were given.
@@ -42,6 +56,7 @@ impl Registry {
                 path: path.clone(),
                 created,
                 loading: Mutex::new(()),
+                logged: AtomicUsize::new(0),
             }
         };
         Self { engine, entries: models.iter().map(entry).collect() }
@@ -80,6 +95,7 @@ impl Registry {
     /// 503 if it cannot be loaded; the log says why.
     pub(crate) async fn model(&self, entry: &Entry) -> Result<Model> {
         if let Some(model) = self.engine.loaded_model(&entry.path) {
+            entry.log_warnings(&model);
             return Ok(model);
         }
         // The engine would let each caller wait on a thread of its own.
@@ -88,8 +104,11 @@ impl Registry {
             return Ok(model);
         }
         let model = self.engine.load_model(&entry.path).await?;
+        entry.logged.store(0, Ordering::Relaxed);
+        entry.log_warnings(&model);
         let took_ms = model.load_time().as_millis() as u64;
-        tracing::info!(model = &*entry.name, took_ms, "model loaded");
+        let device = &model.device().name;
+        tracing::info!(model = &*entry.name, device, took_ms, "model loaded");
         Ok(model)
     }
 }

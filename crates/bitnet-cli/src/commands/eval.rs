@@ -14,6 +14,7 @@ use crate::exit::{Outcome, Usage};
 use crate::files::read_text;
 use crate::flags::{EngineArgs, ModelArg};
 use crate::interrupt::Interrupt;
+use crate::report;
 use crate::term::{Style, Term, Unit, count, duration, rate};
 
 const EXAMPLES: &str = "\
@@ -80,6 +81,7 @@ pub(crate) fn run(args: EvalArgs, term: &Term) -> anyhow::Result<Outcome> {
     };
     let options = EvalOptions { window: args.window, mode };
 
+    let known = model.warnings().len();
     let caught = interrupt.catch();
     let started = Instant::now();
     let mut bar = None;
@@ -98,6 +100,7 @@ pub(crate) fn run(args: EvalArgs, term: &Term) -> anyhow::Result<Outcome> {
         other => other.into(),
     })?;
 
+    report::moved(&model, known, term);
     print(&args, &found, term)?;
     let seconds = started.elapsed();
     let fed = (found.window * found.windows_done) as f64;

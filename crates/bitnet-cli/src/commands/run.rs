@@ -80,6 +80,7 @@ pub(crate) fn run(args: RunArgs, term: &Term) -> anyhow::Result<Outcome> {
     let interrupt = Interrupt::install()?;
     let (engine, model) = args.draft.load(&args.engine, &args.model.model, term)?;
     let input = input(&args, &model, &prompt, &mut options, term)?;
+    let known = model.warnings().len();
     let stream = engine.stream(&model, input, &options)?;
 
     let mut out = io::stdout().lock();
@@ -108,6 +109,7 @@ pub(crate) fn run(args: RunArgs, term: &Term) -> anyhow::Result<Outcome> {
     if !args.json && terminal {
         term.note("");
     }
+    report::moved(&model, known, term);
     term.note(&report::usage_line(&answer.usage));
     if let Some(seed) = options.seed {
         term.detail(&format!("seed {seed}"));

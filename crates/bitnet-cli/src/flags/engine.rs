@@ -30,9 +30,11 @@ pub(crate) struct EngineArgs {
     /// Starting point for all engine settings
     #[arg(long, env = "BITNET_PROFILE", value_enum, default_value = "balanced")]
     pub(crate) profile: Profile,
-    /// Where to run; 'gpu' fails where this build or machine has none
-    #[arg(long, env = "BITNET_DEVICE", value_enum, default_value = "auto")]
-    pub(crate) device: DeviceArg,
+    /// Where to run: auto, cpu, gpu, mlx, metal or wgpu, or several in the order to try them;
+    /// unless 'auto' is among them, nothing else takes over
+    #[arg(long, env = "BITNET_DEVICE", default_value = "auto", value_name = "NAME,..",
+        value_parser = DeviceOrder::parse)]
+    pub(crate) device: DeviceOrder,
     /// CPU threads [default: one for each physical core]
     #[arg(short, long, env = "BITNET_THREADS", value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -55,12 +57,14 @@ pub(crate) enum Profile {
     Memory,
 }
 
-/// Devices a user may ask for.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum DeviceArg {
-    Auto,
-    Cpu,
-    Gpu,
+/// Devices in the order to try them.
+#[derive(Debug, Clone)]
+pub(crate) struct DeviceOrder(Vec<Device>);
+
+impl DeviceOrder {
+    fn parse(names: &str) -> Result<Self, String> {
+        Device::parse_order(names).map(Self).map_err(|e| e.to_string())
+    }
 }
 
 /// Number formats of the KV cache.
@@ -89,13 +93,9 @@ impl EngineArgs {
             Profile::Speed => EngineConfig::optimized_for_speed(),
             Profile::Memory => EngineConfig::optimized_for_memory(),
         };
-        config.device = match self.device {
-            DeviceArg::Auto => Device::Auto,
-            DeviceArg::Cpu => Device::Cpu,
-            DeviceArg::Gpu => Device::Gpu,
-        };
+        config.device_order = self.device.0.clone();
         // Who names a device on the command line wants that one and no other.
-        config.strict_device = !matches!(self.device, DeviceArg::Auto);
+        config.strict_device = !self.device.0.contains(&Device::Auto);
         config.threads = self.threads;
         config.kernel = self.kernel.clone().filter(|name| !name.is_empty());
         config.context_length = self.ctx;
@@ -172,6 +172,7 @@ fn load(
         bar.finish_and_clear();
     }
     let loaded = loaded.map_err(explain_missing)?;
+    report::moved(&loaded, 0, term);
     report::loaded(&loaded, term);
     Ok((engine, loaded))
 }

@@ -25,7 +25,8 @@ pub use kv::{CpuKv, MAX_HEAD_DIM, TILE_TOKENS};
 pub use rope::CpuRope;
 
 use crate::backend::{
-    Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, SequenceSlice, TableRole,
+    Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, SequenceSlice,
+    TableRole, check_batch,
 };
 use crate::error::{Error, Result};
 use crate::kernels::{Kernels, WeightMemory};
@@ -96,34 +97,6 @@ impl CpuBackend {
 
     fn rows(&self) -> usize {
         self.tokens.len()
-    }
-}
-
-/// Checks that a step's slices cover its tokens in order, as the operations rely on.
-fn check_batch(batch: &Batch) -> Result<()> {
-    let mut next = 0;
-    for slice in &batch.sequences {
-        let (start, end) = (slice.rows.start, slice.rows.end);
-        if start != next || end <= start {
-            let want = format!("rows from {next} on, at least one");
-            return Err(Error::shape("slice of a batch", want, format!("{start}..{end}")));
-        }
-        if slice.first_position.checked_add(end - start).is_none() {
-            let reason = format!("{} overflows", slice.first_position);
-            return Err(Error::invalid("position", reason));
-        }
-        next = end;
-    }
-    if next != batch.tokens.len() {
-        return Err(Error::shape(
-            "slices of a batch",
-            format!("{} rows", batch.tokens.len()),
-            next,
-        ));
-    }
-    match batch.logit_rows.iter().find(|&&row| row >= next) {
-        Some(row) => Err(Error::invalid("logit row", format!("{row} of {next} rows"))),
-        None => Ok(()),
     }
 }
 

@@ -1,8 +1,8 @@
 //! Weight scales in the order the kernels read them: 16 rows of a tile side by side.
 
-use crate::error::{Error, Result};
-use crate::kernels::{STEP_COLS, TILE_ROWS, WeightScales};
-use crate::weights::{ActivationQuant, Scales, TernaryRows};
+use crate::error::Result;
+use crate::kernels::{TILE_ROWS, WeightScales};
+use crate::weights::{ActivationQuant, Scales, TernaryRows, check_ternary};
 
 /// The values of all rows, 0 for the rows that pad the last tile.
 pub(super) fn pad_rows(values: &[f32]) -> Vec<f32> {
@@ -16,34 +16,13 @@ pub(super) fn tile_scales(
     weights: &dyn TernaryRows,
     activations: ActivationQuant,
 ) -> Result<Scales> {
+    check_ternary(weights, activations)?;
     let (rows, cols) = (weights.rows(), weights.cols());
-    let bad_group = |group: usize| group == 0 || !group.is_multiple_of(STEP_COLS);
-    if let ActivationQuant::PerGroup(group) = activations
-        && bad_group(group)
-    {
-        let reason = format!("{group} is not a multiple of {STEP_COLS}");
-        return Err(Error::invalid("group of activations", reason));
-    }
     match weights.scales() {
         Scales::Tensor(scale) => Ok(Scales::Tensor(*scale)),
-        Scales::Row(values) if values.len() == rows => Ok(Scales::Row(pad_rows(values))),
-        Scales::Row(values) => Err(Error::shape("scales of rows", rows, values.len())),
-        Scales::Group { group, .. } if bad_group(*group) => {
-            let reason = format!("{group} is not a multiple of {STEP_COLS}");
-            Err(Error::invalid("group of weights", reason))
-        }
+        Scales::Row(values) => Ok(Scales::Row(pad_rows(values))),
         Scales::Group { group, values } => {
             let n_groups = cols.div_ceil(*group);
-            if rows.checked_mul(n_groups) != Some(values.len()) {
-                let expected = format!("{rows} × {n_groups}");
-                return Err(Error::shape("scales of groups", expected, values.len()));
-            }
-            if let ActivationQuant::PerGroup(inner) = activations
-                && !group.is_multiple_of(inner)
-            {
-                let reason = format!("{inner} does not divide the weights' group of {group}");
-                return Err(Error::invalid("group of activations", reason));
-            }
             let mut tiled = vec![0.0; rows.next_multiple_of(TILE_ROWS) * n_groups];
             for (row, values) in values.chunks_exact(n_groups).enumerate() {
                 let tile = row / TILE_ROWS * n_groups * TILE_ROWS + row % TILE_ROWS;

@@ -201,9 +201,12 @@ impl Bench {
             threads: settings.threads,
             kernel: settings.kernel.clone(),
             kv_type: settings.kv_type,
+            // A measurement says on what it was made: no other device takes over.
+            strict_device: true,
             ..EngineConfig::balanced()
         };
-        let backend = device::load(&engine_config, &*source, placement, progress)?;
+        let choice = device::choose(&engine_config)?;
+        let backend = device::open(choice.first(), &engine_config, &*source, placement, progress)?;
         let load = started.elapsed();
         let total_weights = source.total_weight_count();
         drop(source);

@@ -19,6 +19,8 @@ struct HashModel {
     n_blocks: usize,
     largest_step: Arc<AtomicU64>,
     panic_on: Option<u32>,
+    /// Steps until its device is lost.
+    steps_left: Option<u64>,
     /// How many tokens of its past a row's logits depend on.
     memory: usize,
     /// Slots that were never written are no error: a draft model's, where a prefix was reused.
@@ -33,6 +35,7 @@ impl HashModel {
             n_blocks,
             largest_step: Arc::default(),
             panic_on: None,
+            steps_left: None,
             memory: usize::MAX,
             lenient: false,
         }
@@ -42,6 +45,12 @@ impl HashModel {
 impl InferenceBackend for HashModel {
     fn execute_batch(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> bitnet_core::Result<()> {
         self.largest_step.fetch_max(batch.tokens.len() as u64, Ordering::Relaxed);
+        if let Some(left) = &mut self.steps_left {
+            *left = left.checked_sub(1).ok_or_else(|| bitnet_core::Error::Device {
+                device: "mock".into(),
+                reason: "planted loss".into(),
+            })?;
+        }
         logits.clear();
         let mut rows = Vec::new();
         for slice in &batch.sequences {
@@ -89,7 +98,7 @@ impl InferenceBackend for HashModel {
 
     fn device(&self) -> DeviceInfo {
         DeviceInfo {
-            name: "mock".into(),
+            name: if self.steps_left.is_some() { "fragile" } else { "mock" }.into(),
             hardware: String::new(),
             kernel: String::new(),
             threads: 1,
@@ -121,6 +130,17 @@ fn worker_drafted(
     max_tokens: usize,
     speculate: bool,
 ) -> Worker {
+    worker_spared(model, draft, None, max_sequences, max_tokens, speculate)
+}
+
+fn worker_spared(
+    model: HashModel,
+    draft: Option<HashModel>,
+    spare: Option<Spare>,
+    max_sequences: usize,
+    max_tokens: usize,
+    speculate: bool,
+) -> Worker {
     let draft = draft.map(|model| Draft::new(Box::new(model), VOCAB, 7));
     let step = StepLimits {
         max_sequences,
@@ -131,7 +151,7 @@ fn worker_drafted(
         max_positions: 200,
     };
     let limits = WorkerLimits { step, max_waiting: 64, max_positions: 200, vocab_size: VOCAB };
-    Worker::spawn(Box::new(model), draft, limits).unwrap()
+    Worker::spawn(Box::new(model), draft, spare, limits).unwrap()
 }
 
 fn request(prompt: &[u32], n_new: usize, seed: u64, priority: i32) -> Request {
@@ -165,6 +185,84 @@ fn tokens_of(mut events: events::UnboundedReceiver<Event>) -> Vec<u32> {
 fn alone(prompt: &[u32], n_new: usize, seed: u64, memory: usize) -> Vec<u32> {
     let worker = worker(HashModel { memory, ..HashModel::new(50) }, 1, 64);
     tokens_of(worker.submit(request(prompt, n_new, seed, 0)).unwrap())
+}
+
+/// A model that is lost after so many steps, with a draft model if that is asked for.
+fn fragile(steps: u64, spare: Option<Spare>, drafted: bool) -> Worker {
+    let model = HashModel { steps_left: Some(steps), ..HashModel::new(30) };
+    let draft = drafted.then(|| HashModel { lenient: true, ..HashModel::new(30) });
+    worker_spared(model, draft, spare, 4, 9, false)
+}
+
+#[test]
+fn a_spare_device_takes_over_with_the_same_tokens_and_says_so() {
+    for (steps, drafted) in [(0, false), (1, false), (7, false), (20, false), (7, true)] {
+        let spare: Spare = Box::new(|| Ok(Box::new(HashModel::new(30))));
+        let worker = fragile(steps, Some(spare), drafted);
+        assert_eq!(worker.place().device.name, "fragile");
+        let prompt: Vec<u32> = (0..11).collect();
+        let running: Vec<_> =
+            (0..6).map(|seed| worker.submit(request(&prompt, 15, seed, 0)).unwrap()).collect();
+        for (seed, events) in (0..6).zip(running) {
+            assert_eq!(tokens_of(events), alone(&prompt, 15, seed, usize::MAX), "step {steps}");
+        }
+        assert_eq!(worker.place().device.name, "mock");
+        let notice = worker.place().notice.clone().expect("it says so");
+        assert!(notice.contains("planted loss") && notice.contains("mock took over"), "{notice}");
+        assert_eq!(notice.contains("without the draft model"), drafted);
+        assert!(!worker.has_failed());
+    }
+}
+
+/// A request for the logits after every token gets each row once, though it starts again.
+#[test]
+fn rows_are_handed_out_once_when_a_device_is_lost() {
+    let prompt: Vec<u32> = (0..30).map(|p| p % VOCAB as u32).collect();
+    let rows = |worker: &Worker| {
+        let request = Request {
+            tokens: prompt.clone(),
+            goal: Goal::Logits { all: true },
+            priority: 0,
+            cache_salt: None,
+        };
+        let mut events = worker.submit(request).unwrap();
+        let mut rows = Vec::new();
+        loop {
+            match next(&mut events).expect("a request ends with an event") {
+                Event::Logits(row) => rows.push(row),
+                Event::Finished(..) => return rows,
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    };
+    let want = rows(&worker(HashModel::new(30), 4, 9));
+    assert_eq!(want.len(), prompt.len());
+    for steps in [0, 1, 3, 5] {
+        let spare: Spare = Box::new(|| Ok(Box::new(HashModel::new(30))));
+        let fragile = fragile(steps, Some(spare), false);
+        assert_eq!(rows(&fragile), want, "lost after {steps} steps");
+        assert_eq!(fragile.place().device.name, "mock");
+    }
+}
+
+#[test]
+fn without_a_spare_a_lost_device_is_the_error_of_the_request() {
+    let useless: Spare = Box::new(|| Err(InferenceError::model_lacks("m", "a file")));
+    for (spare, reason) in [(None, "planted loss"), (Some(useless), "nothing could take over")] {
+        let worker = fragile(3, spare, false);
+        let mut events = worker.submit(request(&[1, 2, 3], 15, 0, 0)).unwrap();
+        let error = loop {
+            match next(&mut events).expect("a request ends with an event") {
+                Event::Failed(error) => break error,
+                Event::Token(..) => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        };
+        assert!(matches!(error, InferenceError::Gpu { .. }), "{error:?}");
+        assert!(error.to_string().contains(reason), "{error}");
+        assert!(worker.has_failed());
+        assert!(worker.submit(request(&[1], 1, 0, 0)).is_err());
+    }
 }
 
 proptest! {

@@ -69,7 +69,8 @@ pub(crate) fn run(args: ChatArgs, term: &Term) -> anyhow::Result<Outcome> {
         term.note(note);
     }
     term.note(&format!("{} · /help lists the commands, Ctrl-D leaves", model.get_model_id()));
-    Session { engine, model, conversation, options, interrupt: &interrupt, term, usage: None }
+    let (interrupt, warned) = (&interrupt, model.warnings().len());
+    Session { engine, model, conversation, options, interrupt, term, usage: None, warned }
         .talk(args.no_history)?;
     Ok(Outcome::Done)
 }

@@ -23,6 +23,8 @@ pub(crate) struct Session<'a> {
     pub(crate) term: &'a Term,
     /// What the last answer took.
     pub(crate) usage: Option<Usage>,
+    /// Warnings of the model that were shown.
+    pub(crate) warned: usize,
 }
 
 /// Whether the chat goes on.
@@ -113,6 +115,7 @@ impl Session<'_> {
         } else if answer.ending() == "length" {
             self.term.note("(cut at the length limit; /set max_tokens N changes it)");
         }
+        self.warned = report::moved(&self.model, self.warned, self.term);
         self.term.detail(&report::usage_line(&answer.usage));
         self.usage = Some(answer.usage);
         Ok(answer.text)
@@ -196,11 +199,10 @@ impl Session<'_> {
         self.print(&format!("context: {used} of {context} tokens"))?;
         let device = self.model.device();
         self.print(&format!(
-            "{} on {}, kernel {}, {} threads",
+            "{} on {}, {}",
             self.model.get_model_id(),
             device.name,
-            device.kernel,
-            device.threads
+            report::kernel(device)
         ))
     }
 
