@@ -43,7 +43,7 @@ impl CpuRope {
     }
 
     /// Writes the cosines, then the sines of a position's angles: `head_dim` numbers.
-    pub(crate) fn angles(&self, position: usize, out: &mut [f32]) {
+    pub fn angles(&self, position: usize, out: &mut [f32]) {
         let (cosines, sines) = out.split_at_mut(self.spec.inv_freq.len());
         for ((cos, sin), &frequency) in cosines.iter_mut().zip(sines).zip(&self.spec.inv_freq) {
             let (s, c) = libm::sincos(position as f64 * f64::from(frequency));
