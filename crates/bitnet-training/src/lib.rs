@@ -4,7 +4,7 @@
 //! the engine's own arithmetic in the forward pass and straight-through gradients in the backward
 //! pass.
 
-#![deny(unsafe_code)] // one exception: the call of the float product
+#![forbid(unsafe_code)]
 
 mod attention;
 pub mod batch;
