@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::matmul::{View, matmul};
 use crate::model::{Model, Precision};
 use bitnet_core::backend::Backend;
-use bitnet_core::cpu::{CpuBackend, Held, linear::CpuLinear};
+use bitnet_core::cpu::CpuBackend;
 use bitnet_core::kernels::WideMatrix;
 use bitnet_core::weights::{
     ActivationQuant, FloatRows, LinearWeights, Matrix, NormWeights, Scales, TernaryRows,
@@ -20,7 +20,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// A projection on the device of the engine.
-pub(crate) type Linear = Held<CpuLinear>;
+pub(crate) type Linear = <CpuBackend as Backend>::Linear;
 
 /// Projections that share an input.
 pub(crate) struct Group {

@@ -15,7 +15,7 @@ use crate::weights::{Layer, Weights};
 use bitnet_core::backend::{
     Activation, Backend, Batch as Step, KvSpec, KvType, RopeSpec, SequenceSlice,
 };
-use bitnet_core::cpu::{CpuBackend, CpuBuffer, CpuKv, CpuRope, Held, TILE_TOKENS};
+use bitnet_core::cpu::{CpuBackend, CpuBuffer, CpuRope, TILE_TOKENS};
 use bitnet_core::kernels::Kernels;
 use bitnet_core::weights::NormWeights;
 use bitnet_quant::config::{HiddenAct, ModelConfig};
@@ -90,7 +90,7 @@ pub(crate) struct Worker {
 struct Buffers {
     rows: usize,
     len: usize,
-    kv: Held<CpuKv>,
+    kv: <CpuBackend as Backend>::Kv,
     layers: Vec<Kept>,
     out: CpuBuffer,   // after the last layer, hidden
     gated: CpuBuffer, // intermediate
