@@ -1,39 +1,84 @@
 #!/usr/bin/env bash
-# Runs the official Python clients and schemathesis against a server of this tree.
+# Runs official clients, frameworks and schemathesis against a server of this tree.
 #
 #   scripts/test-clients.sh              all of them
-#   scripts/test-clients.sh openai       one: openai anthropic ollama litellm langchain instructor schemathesis
+#   scripts/test-clients.sh light        those that install and run within a few minutes
+#   scripts/test-clients.sh openai       Python tests whose name holds this word
+#   scripts/test-clients.sh node | schemathesis
 #
-# Packages go into a virtual environment under ${XDG_CACHE_HOME:-~/.cache}/bitnet-clients and are kept.
-# Needs python3 and a package index; the requests themselves stay on this machine.
+# Packages go into ${XDG_CACHE_HOME:-~/.cache}/bitnet-clients and are kept. Needs python3 (node and npm
+# for `node`) and package indexes; the requests themselves stay on this machine. BITNET names a built
+# program; otherwise one is built.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+what="${1:-all}"
 
+skip() {
+    echo "SKIPPED: $1"
+    exit 0
+}
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/bitnet-clients"
-if [ ! -x "$cache/bin/python" ]; then
-    python3 -m venv "$cache"
-fi
-"$cache/bin/pip" install --quiet --disable-pip-version-check -r scripts/clients/requirements.txt
-
-cargo build --quiet --release -p bitnet-server --example serve
-port="${PORT:-18080}"
-target="${CARGO_TARGET_DIR:-target}"
-"$target/release/examples/serve" "127.0.0.1:$port" > "$cache/server.log" 2>&1 &
-server=$!
-trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
-for _ in $(seq 100); do
-    if "$cache/bin/python" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/ready')" 2>/dev/null; then
-        break
+mkdir -p "$cache"
+python="$cache/bin/python"
+if [ "$what" != node ]; then
+    command -v python3 > /dev/null || skip "the clients' tests need python3"
+    [ -x "$python" ] || python3 -m venv "$cache" || skip "python3 cannot make virtual environments"
+    if ! cmp -s scripts/clients/requirements.txt "$cache/requirements.txt"; then
+        # uv resolves in seconds what takes pip many minutes.
+        "$cache/bin/pip" install --quiet --disable-pip-version-check uv || skip "no Python package index"
+        "$cache/bin/uv" pip install --quiet --python "$python" -r scripts/clients/requirements.txt
+        cp scripts/clients/requirements.txt "$cache/requirements.txt"
     fi
+fi
+node=no
+case "$what" in all | light | node)
+    if command -v node > /dev/null && command -v npm > /dev/null; then
+        node=yes
+        if ! cmp -s scripts/clients/package.json "$cache/package.json" || [ ! -d "$cache/node_modules/openai" ]; then
+            cp scripts/clients/package.json "$cache/package.json"
+            (cd "$cache" && npm install --silent --no-audit --no-fund) || { rm "$cache/package.json"; node=no; }
+        fi
+    fi
+    [ $node = yes ] || echo "SKIPPED: the clients of Node need node, npm and a package index"
+    ;;
+esac
+
+if [ -z "${BITNET:-}" ]; then
+    cargo build --quiet --release -p bitnet-cli
+    BITNET="${CARGO_TARGET_DIR:-target}/release/bitnet"
+fi
+log="$cache/server.log"
+"$BITNET" serve --port 0 --log-format json 2> "$log" &
+server=$!
+trap 'kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true' EXIT
+for _ in $(seq 200); do
+    BITNET_URL=$(sed -n 's/.*listening on \(http:[^"]*\)".*/\1/p' "$log")
+    [ -z "$BITNET_URL" ] || break
     sleep 0.1
 done
+[ -n "$BITNET_URL" ] || { cat "$log"; exit 1; }
+export BITNET_URL LITELLM_LOCAL_MODEL_COST_MAP=True HF_HUB_OFFLINE=1
 
-export BITNET_URL="http://127.0.0.1:$port" LITELLM_LOCAL_MODEL_COST_MAP=True
-if [ "${1:-}" = schemathesis ] || [ $# -eq 0 ]; then
-    "$cache/bin/schemathesis" run "$BITNET_URL/openapi.json" --max-examples "${EXAMPLES:-30}" \
+schemathesis() {
+    "$cache/bin/schemathesis" run "$BITNET_URL/openapi.json" --max-examples "$1" \
         --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance \
-        --phases examples,coverage,fuzzing --suppress-health-check all --seed 1 --workers 2
-fi
-if [ "${1:-}" != schemathesis ]; then
-    "$cache/bin/python" -m pytest -q -p no:cacheprovider scripts/clients/test_clients.py ${1:+-k "$1"}
-fi
+        --phases examples,coverage,fuzzing --suppress-health-check all --seed 1 --workers 2 --no-color
+}
+tests() {
+    "$python" -m pytest -q -p no:cacheprovider --durations 5 "$@"
+}
+case "$what" in
+    all)
+        tests scripts/clients
+        [ $node = no ] || CLIENT_MODULES="$cache/" node scripts/clients/clients.mjs
+        schemathesis "${EXAMPLES:-30}"
+        ;;
+    light)
+        tests scripts/clients/test_clients.py scripts/clients/test_wire.py
+        [ $node = no ] || CLIENT_MODULES="$cache/" node scripts/clients/clients.mjs
+        schemathesis "${EXAMPLES:-5}"
+        ;;
+    node) [ $node = no ] || CLIENT_MODULES="$cache/" node scripts/clients/clients.mjs ;;
+    schemathesis) schemathesis "${EXAMPLES:-30}" ;;
+    *) tests scripts/clients -k "$what" ;;
+esac

@@ -36,8 +36,9 @@ def test_openai_chat_stream(openai_client):
     assert text == whole
     assert chunks[-1].usage.completion_tokens == 8 and not chunks[-1].choices
     assert all(c.usage is None for c in chunks[:-1])
+    # Its helper calls an answer that met the length limit an error, so only its events are read.
     with openai_client.chat.completions.stream(**request) as stream:
-        assert stream.get_final_completion().choices[0].message.content == whole
+        assert "".join(e.delta for e in stream if e.type == "content.delta") == whole
 
 
 def test_openai_completions(openai_client):
@@ -55,8 +56,8 @@ def test_openai_responses(openai_client):
     assert whole.status == "incomplete" and whole.output_text
     with openai_client.responses.stream(**request) as stream:
         events = list(stream)
-        assert stream.get_final_response().output_text == whole.output_text
     assert events[0].type == "response.created" and events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == whole.output_text
 
 
 def test_openai_embeddings_and_models(openai_client):
@@ -80,7 +81,8 @@ def test_anthropic():
     import anthropic
 
     client = anthropic.Anthropic(base_url=URL, api_key="sk-local", max_retries=0)
-    request = dict(model="builtin", max_tokens=8, messages=PROMPT, temperature=0)
+    # Newer packages name no `temperature`; the format has it still.
+    request = dict(model="builtin", max_tokens=8, messages=PROMPT, extra_body={"temperature": 0})
     whole = client.messages.create(**request)
     assert whole.stop_reason == "max_tokens" and whole.usage.output_tokens == 8
     with client.messages.stream(**request) as stream:

@@ -16,7 +16,7 @@ const STYLE: &str = "\
 padding:0 1rem}code,pre{font-family:ui-monospace,monospace;font-size:.9em}table{border-collapse:collapse;\
 width:100%;margin:.5rem 0 1rem}td,th{text-align:left;vertical-align:top;padding:.25rem .75rem .25rem 0;\
 border-bottom:1px solid #8884}details{margin:.5rem 0;padding:.5rem .75rem;border:1px solid #8886;\
-border-radius:.4rem}summary{cursor:pointer}summary code{font-weight:600}.type{color:#777}nav a{margin-right:1rem}";
+border-radius:.4rem}summary{cursor:pointer}summary code{font-weight:600}.type{color:light-dark(#666,#aaa)}nav a{margin-right:1rem}";
 
 /// Serves the page.
 pub(crate) async fn docs(State(state): State<AppState>) -> Response {
@@ -39,8 +39,8 @@ fn page(document: &Value) -> String {
     let mut html = format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width\"><title>{title}</title>\
-         <style>{STYLE}</style><h1>{title} {}</h1><p>{}</p>\
-         <nav><a href=\"#routes\">Routes</a><a href=\"#schemas\">Types</a>\
+         <style>{STYLE}</style><main><h1>{title} {}</h1><p>{}</p>\
+         <nav aria-label=\"Parts\"><a href=\"#routes\">Routes</a><a href=\"#schemas\">Types</a>\
          <a href=\"/openapi.json\">openapi.json</a></nav><h2 id=\"routes\">Routes</h2>",
         text(&document["info"]["version"]),
         text(&document["info"]["description"]),
@@ -61,6 +61,7 @@ fn page(document: &Value) -> String {
         fields(&mut html, schema);
         html.push_str("</details>");
     }
+    html.push_str("</main>");
     html
 }
 

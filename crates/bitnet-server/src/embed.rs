@@ -48,6 +48,7 @@ pub(crate) async fn embed(
     let _admission = state.admit(caller)?;
     let entry = state.registry().entry(model)?;
     let model = state.registry().model(entry).await?;
+    let span = crate::trace::embedding(&entry.name);
     let (mut vectors, mut n_tokens) = (Vec::with_capacity(inputs.len()), 0);
     // One by one, so that a client that leaves stops the rest.
     for input in inputs {
@@ -56,6 +57,7 @@ pub(crate) async fn embed(
         vectors.push(vector);
         n_tokens += n;
     }
+    span.record("gen_ai.usage.input_tokens", n_tokens);
     Ok(Embedded { model_name: entry.name.clone(), vectors, n_tokens })
 }
 

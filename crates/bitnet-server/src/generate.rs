@@ -117,6 +117,7 @@ fn prepare_chat(model: Model, model_name: std::sync::Arc<str>, job: ChatJob) -> 
     Ok(Job {
         model,
         model_name,
+        operation: if job.raw { "text_completion" } else { "chat" },
         prompts: vec![prompt],
         n,
         options,

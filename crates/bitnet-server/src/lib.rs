@@ -45,6 +45,7 @@ mod ollama_models;
 mod ollama_stream;
 mod openai;
 mod openapi;
+mod page;
 mod registry;
 mod run;
 mod sampling;
@@ -55,6 +56,7 @@ mod text;
 #[cfg(feature = "tls")]
 mod tls;
 mod tools;
+mod trace;
 mod utility;
 
 use axum::Router;
@@ -66,10 +68,14 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 
 pub use config::{Limits, Listen, ServerConfig};
 pub use lifecycle::{Lifecycle, Phase};
+#[cfg(feature = "otel")]
+pub use logging::init_logging_and_traces;
 pub use logging::{LogError, LogFormat, init_logging};
 pub use openapi::document as openapi_document;
 pub use serve::{Listener, bind, drain_on_signal, serve};
 pub use state::AppState;
+#[cfg(feature = "otel")]
+pub use trace::Traces;
 
 #[cfg(doc)]
 use bitnet_inference::InferenceEngine;
@@ -92,6 +98,7 @@ pub fn router(state: AppState) -> Router {
         .route("/api/version", get(ollama_models::version))
         .route("/tokenize", post(utility::tokenize))
         .route("/detokenize", post(utility::detokenize))
+        .route("/tokenizer_info", get(utility::tokenizer_info))
         .route("/apply-template", post(utility::apply_template))
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*model}", get(openai::models::get))
@@ -100,6 +107,8 @@ pub fn router(state: AppState) -> Router {
         .route("/docs", get(docs::docs))
         .route_layer(from_fn_with_state(state.clone(), middleware::authenticate));
     let open = Router::new()
+        .route("/", get(page::index))
+        .route("/page/{file}", get(page::file))
         .route("/health", get(health::health))
         .route("/v1/health", get(health::health))
         .route("/ready", get(health::ready));

@@ -10,11 +10,13 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tracing::Instrument;
 
 use crate::config::{Listen, ServerConfig};
 use crate::error::{ApiError, Dialect, Result, render};
 use crate::lifecycle::Phase;
 use crate::state::{AppState, Caller};
+use crate::trace;
 
 /// Names a request in both directions.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -43,8 +45,13 @@ pub(crate) async fn observe(
     let route = request.extensions().get::<MatchedPath>().cloned();
     let route = route.as_ref().map_or("(none)", |path| path.as_str());
 
+    // Other methods count as one, so that clients cannot make label values.
+    let known = [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS];
+    let method = if known.contains(&method) { method.as_str() } else { "other" };
+    let span = trace::request(method, route, request.headers());
+
     let mut response = match check_uri(request.uri()) {
-        Ok(()) => next.run(request).await,
+        Ok(()) => next.run(request).instrument(span.clone()).await,
         Err(error) => error.into_response(),
     };
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
@@ -65,11 +72,9 @@ pub(crate) async fn observe(
     }
     let status = response.status().as_u16();
     let took = at.elapsed();
-    // Other methods count as one, so that clients cannot make label values.
-    let known = [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS];
-    let method = if known.contains(&method) { method.as_str() } else { "other" };
     state.metrics().http(method, route, status, took);
     let code = response.extensions().get::<ApiError>().and_then(|error| error.code);
+    trace::answered(&span, status, code);
     tracing::info!(
         target: "bitnet_server::access",
         request_id = &*request_id,

@@ -219,7 +219,7 @@ pub(crate) struct OllamaError {
 ///
 /// Text that continues a prompt, line by line unless `stream` is false.
 #[utoipa::path(post, path = "/api/generate", tag = "Ollama", request_body = GenerateRequest, responses(
-    (status = 200, body = crate::ollama_stream::Line),
+    (status = 200, content((crate::ollama_stream::Line = "application/json"), (crate::ollama_stream::Line = "application/x-ndjson"))),
     (status = "4XX", body = OllamaError),
     (status = "5XX", body = OllamaError),
 ))]
@@ -249,7 +249,7 @@ pub(crate) async fn generate(
 ///
 /// The next message of a conversation, line by line unless `stream` is false.
 #[utoipa::path(post, path = "/api/chat", tag = "Ollama", request_body = OllamaChatRequest, responses(
-    (status = 200, body = crate::ollama_stream::Line),
+    (status = 200, content((crate::ollama_stream::Line = "application/json"), (crate::ollama_stream::Line = "application/x-ndjson"))),
     (status = "4XX", body = OllamaError),
     (status = "5XX", body = OllamaError),
 ))]

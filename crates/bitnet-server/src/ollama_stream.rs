@@ -41,6 +41,7 @@ pub(crate) struct Line {
     pub done_reason: Option<&'static str>,
     /// At the end: what it took.
     #[serde(flatten)]
+    #[schema(value_type = Took)]
     pub took: Option<Took>,
 }
 
@@ -56,20 +57,26 @@ pub(crate) struct LineMessage {
     pub tool_calls: Vec<OllamaCall>,
 }
 
-/// What an answer took; times in nanoseconds.
+/// What an answer took, at its end; times in nanoseconds.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Took {
     /// The whole request.
+    #[schema(required = false)]
     pub total_duration: u64,
     /// Loading the model and waiting for its turn.
+    #[schema(required = false)]
     pub load_duration: u64,
     /// Tokens of the prompt.
+    #[schema(required = false)]
     pub prompt_eval_count: usize,
     /// Computing the prompt.
+    #[schema(required = false)]
     pub prompt_eval_duration: u64,
     /// Tokens generated.
+    #[schema(required = false)]
     pub eval_count: usize,
     /// Generating them.
+    #[schema(required = false)]
     pub eval_duration: u64,
 }
 

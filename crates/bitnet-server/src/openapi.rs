@@ -77,6 +77,7 @@ pub(crate) struct OpenAiErrorBody {
         crate::ollama_models::version,
         crate::utility::tokenize,
         crate::utility::detokenize,
+        crate::utility::tokenizer_info,
         crate::utility::apply_template,
         crate::health::health,
         crate::health::ready,

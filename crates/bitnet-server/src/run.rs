@@ -17,12 +17,14 @@ use bitnet_inference::{
     TokenStream, Usage,
 };
 use futures_core::Stream;
+use tracing::Span;
 
 use crate::constraint::Constraint;
 use crate::error::{ApiError, Result};
 use crate::lifecycle::Phase;
 use crate::metrics::ModelMetrics;
 use crate::state::{Admission, AppState, Caller};
+use crate::trace;
 
 /// What to generate, once everything about it was checked.
 #[derive(Debug)]
@@ -30,6 +32,8 @@ pub(crate) struct Job {
     pub(crate) model: Model,
     /// Its name on this server.
     pub(crate) model_name: Arc<str>,
+    /// What it is in traces: `chat` or `text_completion`.
+    pub(crate) operation: &'static str,
     /// One or more prompts in token ids.
     pub(crate) prompts: Vec<Vec<u32>>,
     /// Choices for each prompt.
@@ -84,6 +88,9 @@ pub(crate) struct Run {
     next: usize,
     ending_tokens: HashSet<u32>,
     metrics: ModelMetrics,
+    span: Span,
+    /// Tokens of the prompts and of the answers that have ended, and how these did.
+    counted: (usize, usize, Vec<&'static str>),
     deadline: Pin<Box<tokio::time::Sleep>>,
     _admission: Admission,
 }
@@ -110,6 +117,8 @@ impl Run {
         {
             ending_tokens.extend(tokenizer.eos_ids());
         }
+        let n_choices = job.prompts.len() * job.n;
+        let span = trace::generation(job.operation, &job.model_name, &job.options, n_choices);
         let mut sequences = Vec::with_capacity(job.prompts.len() * job.n);
         let seed = job.options.seed;
         for prompt in &job.prompts {
@@ -121,7 +130,10 @@ impl Run {
                 sequences.push(Sequence { stream: Some(stream), last_token: None });
             }
         }
+        let n_tokens = job.prompts.iter().map(Vec::len).sum();
         Ok(Self {
+            span,
+            counted: (n_tokens, 0, Vec::with_capacity(n_choices)),
             n_open: sequences.len(),
             n_prompt_tokens: job.prompts.first().map_or(0, Vec::len),
             sequences,
@@ -226,6 +238,9 @@ impl Run {
             let now = Instant::now();
             let previous = self.sequences[choice].last_token.replace(now);
             self.metrics.token(self.caller.arrived, previous, now);
+            if previous.is_none() {
+                trace::first_token(&self.span);
+            }
             // Clients count on logprobs of text; the token that ends an answer is not part of it.
             if chunk.text.is_empty() && self.ending_tokens.contains(&token.id) {
                 chunk.token = None;
@@ -244,6 +259,12 @@ impl Run {
         };
         let took = self.caller.arrived.elapsed();
         self.state.metrics().sequence_ended(&self.model_name, name, took, Some(&usage));
+        let (n_prompt, n_generated, reasons) = &mut self.counted;
+        *n_generated += usage.completion_tokens;
+        reasons.push(name);
+        if self.n_open == 0 {
+            trace::ended(&self.span, *n_prompt, *n_generated, reasons);
+        }
         tracing::info!(
             request_id = &*self.caller.request_id,
             model = &*self.model_name,
@@ -259,6 +280,9 @@ impl Run {
     }
 
     fn close(&mut self, reason: &'static str) {
+        if self.n_open > 0 {
+            trace::failed(&self.span, reason);
+        }
         for sequence in &mut self.sequences {
             if sequence.stream.take().is_some() {
                 let took = self.caller.arrived.elapsed();

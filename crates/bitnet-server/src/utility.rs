@@ -1,6 +1,7 @@
-//! What a prompt becomes: `/tokenize`, `/detokenize`, `/apply-template`.
+//! What a prompt becomes: `/tokenize`, `/detokenize`, `/tokenizer_info`, `/apply-template`.
 
-use axum::extract::State;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
 use bitnet_inference::tokenizer::{AddSpecial, EncodeOptions};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -27,7 +28,10 @@ pub(crate) struct TokenizeRequest {
     pub messages: Option<Vec<Message>>,
     /// Begin as the model expects, such as with a beginning-of-sequence token. Default false.
     pub add_special: Option<bool>,
-    /// Read control tokens written in the text as such. Default false.
+    /// The same, as vLLM names it.
+    pub add_special_tokens: Option<bool>,
+    /// Read control tokens written in the text as such. Default true for `prompt`, as in vLLM, and
+    /// false for `content`, as in llama.cpp.
     pub parse_special: Option<bool>,
     /// Report each token's text as well. Default false.
     pub with_pieces: Option<bool>,
@@ -108,13 +112,18 @@ pub(crate) async fn tokenize(
             let message = "send one of `content`, `prompt` and `messages`";
             return Err(ApiError::field("content", message));
         }
+        let is_prompt = request.prompt.is_some();
         let tokens = match (request.content.or(request.prompt), request.messages) {
             (Some(text), _) => {
-                let add = match request.add_special.unwrap_or(false) {
-                    true => AddSpecial::Start,
-                    false => AddSpecial::None,
+                let add = match (request.add_special, request.add_special_tokens) {
+                    (Some(_), Some(_)) => {
+                        let message = "`add_special_tokens` is another name of `add_special`";
+                        return Err(ApiError::field("add_special_tokens", message));
+                    }
+                    (Some(true), None) | (None, Some(true)) => AddSpecial::Start,
+                    _ => AddSpecial::None,
                 };
-                let parse_special = request.parse_special.unwrap_or(false);
+                let parse_special = request.parse_special.unwrap_or(is_prompt);
                 encode(&model, &text, EncodeOptions { add, parse_special })?
             }
             (None, messages) => {
@@ -152,6 +161,57 @@ pub(crate) async fn detokenize(
         Ok(DetokenizeResponse { content: text.clone(), prompt: text })
     });
     response.await.map(axum::Json)
+}
+
+/// Which model to describe.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TokenizerQuery {
+    /// Name of the model. Default: the first on offer.
+    pub model: Option<String>,
+}
+
+/// What clients need to know of a tokenizer, under vLLM's names.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct TokenizerInfo {
+    /// Text of the token that begins a sequence.
+    #[schema(required)]
+    pub bos_token: Option<String>,
+    /// Text of the token that ends one.
+    #[schema(required)]
+    pub eos_token: Option<String>,
+    /// Tokens a prompt and its answer may have together.
+    pub model_max_length: usize,
+    /// Always null: `/apply-template` applies it.
+    #[schema(required, value_type = Option<String>)]
+    pub chat_template: Option<()>,
+}
+
+/// About the tokenizer
+///
+/// With `/tokenize` and `/detokenize`, all that evaluation programs need to count tokens as the model
+/// does.
+#[utoipa::path(get, path = "/tokenizer_info", tag = "Utilities", params(TokenizerQuery), responses(
+    (status = 200, body = TokenizerInfo),
+    (status = "4XX", body = crate::openapi::OpenAiError),
+))]
+pub(crate) async fn tokenizer_info(
+    State(state): State<AppState>,
+    caller: Caller,
+    query: Result<Query<TokenizerQuery>, QueryRejection>,
+) -> Result<axum::Json<TokenizerInfo>> {
+    let Query(query) =
+        query.map_err(|_| ApiError::field("model", "the only parameter is `model`"))?;
+    let _admission = state.admit(&caller)?;
+    let model = state.model_or_first(query.model.as_deref()).await?;
+    let tokenizer = model.tokenizer()?;
+    let text = |id: u32| tokenizer.decode(&[id], true);
+    Ok(axum::Json(TokenizerInfo {
+        bos_token: tokenizer.bos_id().map(text),
+        eos_token: tokenizer.eos_ids().first().copied().map(text),
+        model_max_length: model.context_length(),
+        chat_template: None,
+    }))
 }
 
 /// Apply the chat template

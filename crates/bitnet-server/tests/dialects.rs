@@ -128,6 +128,11 @@ async fn texts_survive_the_tokenizer() {
         tokens["pieces"].as_array().unwrap().len(),
         tokens["count"].as_u64().unwrap() as usize
     );
+    let info = server.get("/tokenizer_info").await.json();
+    let eos = json!({"prompt": info["eos_token"], "add_special_tokens": false});
+    assert_eq!(server.post("/tokenize", eos).await.json()["count"], 1, "{info}");
+    assert_eq!(server.get("/tokenizer_info?model=none").await.status, 404);
+    assert_eq!(server.get("/tokenizer_info?x=1").await.status, 400);
     let back = server.post("/detokenize", json!({"tokens": tokens["tokens"]})).await.json();
     assert_eq!(back["content"], text);
     let parsed = json!({"content": "<|endoftext|>", "parse_special": true});

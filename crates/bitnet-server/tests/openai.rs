@@ -59,6 +59,29 @@ async fn a_chat_stream_has_the_contracts_order() {
 }
 
 #[tokio::test]
+async fn usage_may_be_counted_in_every_chunk() {
+    let server = Server::start().await;
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let fields = json!({"stream": true, "stream_options": options, "ignore_eos": true});
+    for (path, body) in [
+        ("/v1/chat/completions", chat(fields.clone())),
+        ("/v1/completions", completion(fields.clone())),
+    ] {
+        let chunks = server.post(path, body).await.chunks();
+        let counts: Vec<u64> = chunks
+            .iter()
+            .map(|chunk| chunk["usage"]["completion_tokens"].as_u64().unwrap())
+            .collect();
+        assert!(counts.is_sorted(), "{counts:?}");
+        assert_eq!(counts.last(), Some(&8));
+        assert!(counts.contains(&4), "{counts:?}");
+    }
+    let alone = json!({"stream": true, "stream_options": {"continuous_usage_stats": true}});
+    let answer = server.post("/v1/chat/completions", chat(alone)).await;
+    assert_eq!(answer.json()["error"]["param"], "stream_options.continuous_usage_stats");
+}
+
+#[tokio::test]
 async fn without_include_usage_chunks_have_no_usage() {
     let server = Server::start().await;
     let answer = server.post("/v1/chat/completions", chat(json!({"stream": true}))).await;

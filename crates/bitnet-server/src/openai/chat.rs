@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use super::chat_stream::{ChatEncoder, Choice, ChunkHead};
 use super::types::{
     Message, MessageRole, Metadata, ResponseFormat, StreamOptions, ToolChoice, ToolDefinition,
-    UsageBody,
+    UsageBody, UsageChunks,
 };
 use super::{FINGERPRINT, now};
 use crate::chat::{Call, Conversation, Role, Tool, Turn};
@@ -131,7 +131,7 @@ pub(crate) struct ChatResponse {
     tag = "OpenAI",
     request_body = ChatRequest,
     responses(
-        (status = 200, body = ChatResponse),
+        (status = 200, content((ChatResponse = "application/json"), (String = "text/event-stream"))),
         (status = "4XX", body = crate::openapi::OpenAiError),
         (status = "5XX", body = crate::openapi::OpenAiError),
     )
@@ -142,7 +142,7 @@ pub(crate) async fn chat_completions(
     Json(request): Json<ChatRequest>,
 ) -> Result<Response> {
     let stream = request.stream.unwrap_or(false);
-    let include_usage = check_stream_options(stream, request.stream_options)?;
+    let usage_chunks = check_stream_options(stream, request.stream_options)?;
     let (job, with_logprobs) = read(&state, request)?;
     let max_calls = job.max_calls;
     let tool_names: Vec<String> = match job.tools {
@@ -154,7 +154,7 @@ pub(crate) async fn chat_completions(
         id: random_id("chatcmpl-"),
         created: now(),
         model: run.model_name().clone(),
-        include_usage,
+        usage_chunks,
     };
     let encoder = ChatEncoder::new(head, &run, &tool_names, max_calls, with_logprobs);
     if stream {
@@ -173,9 +173,12 @@ pub(crate) async fn chat_completions(
     Ok(axum::Json(response).into_response())
 }
 
-/// Whether usage is to be streamed.
-pub(crate) fn check_stream_options(stream: bool, options: Option<StreamOptions>) -> Result<bool> {
-    let Some(options) = options else { return Ok(false) };
+/// Where usage is to be streamed.
+pub(crate) fn check_stream_options(
+    stream: bool,
+    options: Option<StreamOptions>,
+) -> Result<UsageChunks> {
+    let Some(options) = options else { return Ok(UsageChunks::Never) };
     if !stream {
         return Err(ApiError::field("stream_options", "`stream_options` needs `stream: true`"));
     }
@@ -183,7 +186,16 @@ pub(crate) fn check_stream_options(stream: bool, options: Option<StreamOptions>)
         let why = "chunks are not padded";
         return Err(ApiError::unsupported("stream_options.include_obfuscation", why));
     }
-    Ok(options.include_usage.unwrap_or(false))
+    let include = options.include_usage.unwrap_or(false);
+    match (include, options.continuous_usage_stats.unwrap_or(false)) {
+        (false, true) => {
+            let field = "stream_options.continuous_usage_stats";
+            Err(ApiError::field(field, format!("`{field}` needs `include_usage: true`")))
+        }
+        (false, false) => Ok(UsageChunks::Never),
+        (true, false) => Ok(UsageChunks::Last),
+        (true, true) => Ok(UsageChunks::Every),
+    }
 }
 
 /// Checks everything that needs no model.

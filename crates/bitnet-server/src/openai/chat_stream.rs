@@ -12,7 +12,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::FINGERPRINT;
-use super::types::{FunctionKind, UsageBody};
+use super::types::{FunctionKind, UsageBody, UsageChunks};
 use crate::error::{ApiError, Dialect, Result};
 use crate::middleware::random_id;
 use crate::run::{End, Run, RunEvent};
@@ -113,7 +113,7 @@ pub(crate) struct ChunkHead {
     pub(crate) id: String,
     pub(crate) created: u64,
     pub(crate) model: Arc<str>,
-    pub(crate) include_usage: bool,
+    pub(crate) usage_chunks: UsageChunks,
 }
 
 /// Writes chat answers.
@@ -122,6 +122,9 @@ pub(crate) struct ChatEncoder {
     model: Model,
     with_logprobs: bool,
     choices: Vec<Open>,
+    n_prompt_tokens: usize,
+    /// Tokens of all choices so far.
+    n_generated: usize,
 }
 
 /// A choice that is being written.
@@ -195,7 +198,14 @@ impl ChatEncoder {
             end: None,
         };
         let choices = (0..run.n_choices()).map(open).collect();
-        Self { head, model: run.model().clone(), with_logprobs, choices }
+        Self {
+            head,
+            model: run.model().clone(),
+            with_logprobs,
+            choices,
+            n_prompt_tokens: run.n_prompt_tokens(),
+            n_generated: 0,
+        }
     }
 
     /// Waits for the whole answer instead.
@@ -247,6 +257,10 @@ impl ChatEncoder {
         UsageBody::new(prompt.0, prompt.1, ends().map(|end| end.usage.completion_tokens).sum())
     }
 
+    fn usage_so_far(&self) -> UsageBody {
+        UsageBody::so_far(self.n_prompt_tokens, self.n_generated)
+    }
+
     fn send(&self, choices: &[ChunkChoice<'_>], usage: Option<UsageBody>, out: &mut Frames) {
         out.data(&Chunk {
             id: &self.head.id,
@@ -255,7 +269,11 @@ impl ChatEncoder {
             model: &self.head.model,
             system_fingerprint: FINGERPRINT,
             choices,
-            usage: self.head.include_usage.then_some(usage),
+            usage: match self.head.usage_chunks {
+                UsageChunks::Never => None,
+                UsageChunks::Last => Some(usage),
+                UsageChunks::Every => Some(usage.or_else(|| Some(self.usage_so_far()))),
+            },
         });
     }
 
@@ -314,6 +332,7 @@ impl Encoder for ChatEncoder {
         match event {
             RunEvent::Chunk { choice, chunk } => {
                 self.start(choice, out);
+                self.n_generated += usize::from(chunk.token.is_some());
                 let events = self.choices[choice].scan(&chunk.text);
                 let token = chunk.token.as_ref().filter(|_| self.with_logprobs);
                 let logprobs = token.map(|token| Logprobs {
@@ -336,7 +355,7 @@ impl Encoder for ChatEncoder {
     }
 
     fn finish(&mut self, out: &mut Frames) {
-        if self.head.include_usage {
+        if self.head.usage_chunks != UsageChunks::Never {
             self.send(&[], Some(self.usage()), out);
         }
         out.done();

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use super::chat::{ServiceTier, check_stream_options};
 use super::chat_stream::{ChunkHead, finite};
-use super::types::{Prompt, Prompts, StreamOptions, UsageBody};
+use super::types::{Prompt, Prompts, StreamOptions, UsageBody, UsageChunks};
 use super::{FINGERPRINT, now};
 use crate::error::{ApiError, Dialect, Result};
 use crate::generate;
@@ -131,7 +131,7 @@ pub(crate) struct CompletionLogprobs {
     tag = "OpenAI",
     request_body = CompletionRequest,
     responses(
-        (status = 200, body = CompletionResponse),
+        (status = 200, content((CompletionResponse = "application/json"), (String = "text/event-stream"))),
         (status = "4XX", body = crate::openapi::OpenAiError),
         (status = "5XX", body = crate::openapi::OpenAiError),
     )
@@ -142,7 +142,7 @@ pub(crate) async fn completions(
     Json(request): Json<CompletionRequest>,
 ) -> Result<Response> {
     let stream = request.stream.unwrap_or(false);
-    let include_usage = check_stream_options(stream, request.stream_options)?;
+    let usage_chunks = check_stream_options(stream, request.stream_options)?;
     let asked = read(&state, request)?;
     let admission = state.admit(&caller)?;
     let entry = state.registry().entry(&asked.model)?;
@@ -154,7 +154,7 @@ pub(crate) async fn completions(
         id: random_id("cmpl-"),
         created: now(),
         model: job.model_name.clone(),
-        include_usage,
+        usage_chunks,
     };
     let mut texts = Texts { model: job.model.clone(), logprobs, echoes: Vec::new() };
     if echo {
@@ -166,8 +166,9 @@ pub(crate) async fn completions(
             texts.echoes.push(texts.echo(text, tokens, &scores)?);
         }
     }
+    let n_prompt_tokens = job.prompts.iter().map(Vec::len).sum();
     let run = Run::start(&state, &caller, admission, job)?;
-    let encoder = CompletionEncoder::new(head, texts, n, run.n_choices());
+    let encoder = CompletionEncoder::new(head, texts, n, run.n_choices(), n_prompt_tokens);
     match stream {
         true => Ok(respond(&state, run, encoder, Framing::Sse)),
         false => Ok(axum::Json(encoder.collect(run).await?).into_response()),
@@ -251,8 +252,17 @@ fn prepare(model: Model, model_name: Arc<str>, asked: Asked) -> Result<(Job, Vec
         return Err(ApiError::invalid("prompt", &expected, n_tokens));
     }
     let (n, priority, cache_salt) = (asked.n, asked.priority, asked.cache_salt);
-    let job =
-        Job { model, model_name, prompts, n, options, constraint: None, priority, cache_salt };
+    let job = Job {
+        model,
+        model_name,
+        operation: "text_completion",
+        prompts,
+        n,
+        options,
+        constraint: None,
+        priority,
+        cache_salt,
+    };
     Ok((job, texts))
 }
 
@@ -327,6 +337,9 @@ struct CompletionEncoder {
     /// Choices for each prompt.
     n: usize,
     choices: Vec<Open>,
+    n_prompt_tokens: usize,
+    /// Tokens of all choices so far.
+    n_generated: usize,
 }
 
 #[derive(Default)]
@@ -338,9 +351,15 @@ struct Open {
 }
 
 impl CompletionEncoder {
-    fn new(head: ChunkHead, texts: Texts, n: usize, n_choices: usize) -> Self {
+    fn new(
+        head: ChunkHead,
+        texts: Texts,
+        n: usize,
+        n_choices: usize,
+        n_prompt_tokens: usize,
+    ) -> Self {
         let choices = (0..n_choices).map(|_| Open::default()).collect();
-        Self { head, texts, n, choices }
+        Self { head, texts, n, choices, n_prompt_tokens, n_generated: 0 }
     }
 
     /// The piece an event adds to its choice.
@@ -349,6 +368,7 @@ impl CompletionEncoder {
             RunEvent::Chunk { choice, chunk } => (choice, chunk.text, chunk.token, None),
             RunEvent::End { choice, end } => (choice, String::new(), None, Some(end)),
         };
+        self.n_generated += usize::from(token.is_some());
         let open = &mut self.choices[index];
         let (mut text, mut rows) = (String::new(), Vec::new());
         if !std::mem::replace(&mut open.started, true)
@@ -425,13 +445,19 @@ impl Encoder for CompletionEncoder {
             || !piece.text.is_empty()
             || piece.logprobs.as_ref().is_some_and(|logprobs| !logprobs.tokens.is_empty());
         if tells {
-            let usage = self.head.include_usage.then_some(None);
+            let usage = match self.head.usage_chunks {
+                UsageChunks::Never => None,
+                UsageChunks::Last => Some(None),
+                UsageChunks::Every => {
+                    Some(Some(UsageBody::so_far(self.n_prompt_tokens, self.n_generated)))
+                }
+            };
             out.data(&self.response(vec![piece], usage));
         }
     }
 
     fn finish(&mut self, out: &mut Frames) {
-        if self.head.include_usage {
+        if self.head.usage_chunks != UsageChunks::Never {
             out.data(&self.response(Vec::new(), Some(Some(self.usage()))));
         }
         out.done();

@@ -348,7 +348,7 @@ impl<'de> Deserialize<'de> for ItemText {
     tag = "OpenAI",
     request_body = ResponsesRequest,
     responses(
-        (status = 200, body = super::responses_stream::ResponseBody),
+        (status = 200, content((super::responses_stream::ResponseBody = "application/json"), (String = "text/event-stream"))),
         (status = "4XX", body = crate::openapi::OpenAiError),
         (status = "5XX", body = crate::openapi::OpenAiError),
     )

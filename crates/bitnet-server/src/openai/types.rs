@@ -310,8 +310,21 @@ pub(crate) struct JsonSchemaFormat {
 pub(crate) struct StreamOptions {
     /// Send a last chunk with the usage, and `usage: null` in all others.
     pub include_usage: Option<bool>,
+    /// As in vLLM: count prompt and generated tokens so far in every chunk. Needs `include_usage`.
+    pub continuous_usage_stats: Option<bool>,
     /// Random padding; only `false` is accepted, and is the default.
     pub include_obfuscation: Option<bool>,
+}
+
+/// Which chunks of a stream tell the usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum UsageChunks {
+    /// None.
+    Never,
+    /// A last one of its own; the others say null.
+    Last,
+    /// All: what was counted so far.
+    Every,
 }
 
 /// A prompt: a text, token ids, or a list of either.
@@ -414,8 +427,9 @@ pub(crate) struct UsageBody {
     pub completion_tokens: usize,
     /// Both.
     pub total_tokens: usize,
-    /// Details about the prompt.
-    pub prompt_tokens_details: PromptTokensDetails,
+    /// Details about the prompt; not in counts of unfinished answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens_details: Option<PromptTokensDetails>,
 }
 
 /// Details about prompt tokens.
@@ -436,8 +450,14 @@ impl UsageBody {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
-            prompt_tokens_details: PromptTokensDetails { cached_tokens },
+            prompt_tokens_details: Some(PromptTokensDetails { cached_tokens }),
         }
+    }
+
+    /// What was counted before the answers have ended.
+    pub(crate) fn so_far(prompt_tokens: usize, completion_tokens: usize) -> Self {
+        let total_tokens = prompt_tokens + completion_tokens;
+        Self { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details: None }
     }
 }
 

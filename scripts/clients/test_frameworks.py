@@ -1,0 +1,113 @@
+"""Frameworks over the OpenAI format, and an evaluation program. `BITNET_URL` says where the server is."""
+
+import json
+import math
+import os
+import urllib.request
+
+import pytest
+
+URL = os.environ["BITNET_URL"]
+
+
+def has_structured_output():
+    body = {"model": "builtin", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1,
+            "response_format": {"type": "json_object"}}
+    request = urllib.request.Request(f"{URL}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    try:
+        urllib.request.urlopen(request)
+    except urllib.error.HTTPError as error:
+        return not json.load(error)["error"]["code"].startswith("unsupported")
+    return True
+
+
+structured = pytest.mark.skipif(not has_structured_output(), reason="this build has no structured output")
+
+
+def test_pydantic_ai():
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIChatModel("builtin", provider=OpenAIProvider(base_url=f"{URL}/v1", api_key="sk-local"))
+    answer = Agent(model, system_prompt="Tell a story.").run_sync("Once upon a time", model_settings={"max_tokens": 8, "temperature": 0})
+    assert answer.output and answer.usage.output_tokens == 8
+
+
+@structured
+@pytest.mark.parametrize("mode", ["JSON_SCHEMA", "TOOLS"])
+def test_instructor(mode):
+    import instructor
+    import openai
+    from pydantic import BaseModel, Field
+
+    class Pet(BaseModel):
+        name: str = Field(max_length=12)
+        legs: int = Field(ge=0, le=9)
+
+    client = instructor.from_openai(openai.OpenAI(base_url=f"{URL}/v1", api_key="sk-local"), mode=getattr(instructor.Mode, mode))
+    pet = client.chat.completions.create(
+        model="builtin", response_model=Pet, max_tokens=200, temperature=0, max_retries=0,
+        messages=[{"role": "user", "content": "A dog called Rex."}])
+    assert 0 <= pet.legs <= 9
+
+
+@structured
+def test_openai_parse():
+    import openai
+    from pydantic import BaseModel, Field
+
+    class Answer(BaseModel):
+        word: str = Field(max_length=10)
+        sure: bool
+
+    client = openai.OpenAI(base_url=f"{URL}/v1", api_key="sk-local", max_retries=0)
+    answer = client.chat.completions.parse(
+        model="builtin", messages=[{"role": "user", "content": "One word."}], response_format=Answer, max_tokens=100)
+    assert isinstance(answer.choices[0].message.parsed, Answer)
+
+
+def test_lm_eval(tmp_path):
+    """A multiple-choice task through `local-completions`: its log-likelihoods are the server's own."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    documents = [
+        {"text": "Once upon a", "choices": [" time", " stone"], "gold": 0},
+        {"text": "The little girl ran to her", "choices": [" mother", " under"], "gold": 0},
+        {"text": "He was very", "choices": [" old", " the"], "gold": 0},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    (tmp_path / "tiny.yaml").write_text(f"""
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+""")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    result = simple_evaluate(
+        model="local-completions", tasks=["tiny"], log_samples=True, bootstrap_iters=0,
+        model_args=f"model=builtin,base_url={URL}/v1/completions,tokenizer_backend=remote,num_concurrent=1,max_length=512",
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
+    samples = result["samples"]["tiny"]
+    assert len(samples) == len(documents)
+    for sample in samples:
+        for choice, (logprob, _) in zip(sample["doc"]["choices"], (r[0] for r in sample["resps"])):
+            assert math.isclose(float(logprob), likelihood(sample["doc"]["text"], choice), rel_tol=1e-4, abs_tol=1e-4)
+    assert 0 <= result["results"]["tiny"]["acc,none"] <= 1
+
+
+def likelihood(text, choice):
+    """The log-probability of `choice` after `text`, asked for directly."""
+    body = {"model": "builtin", "prompt": text + choice, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    request = urllib.request.Request(f"{URL}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    logprobs = json.load(urllib.request.urlopen(request))["choices"][0]["logprobs"]
+    rows = zip(logprobs["text_offset"], logprobs["token_logprobs"])
+    return sum(value for offset, value in rows if len(text) <= offset < len(text + choice))
