@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, chat, completions, convert, devices, eval, inspect, logits, quantize, run, serve,
-    tokenizer, train,
+    bench, bench_serve, chat, completions, convert, devices, eval, inspect, logits, quantize, run,
+    serve, tokenizer, train,
 };
 use crate::term::OutputArgs;
 
@@ -53,6 +53,8 @@ pub(crate) enum Command {
     Eval(eval::EvalArgs),
     /// Measure how fast a model runs, and how fast this machine could run it at best
     Bench(bench::BenchArgs),
+    /// Measure how fast a server answers: latency percentiles, throughput, goodput
+    BenchServe(Box<bench_serve::BenchServeArgs>),
     /// Train a ternary model on text of your own
     Train(Box<train::TrainArgs>),
     /// Train a model on, on new text or conversations

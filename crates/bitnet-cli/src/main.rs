@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         Command::Quantize(args) => commands::quantize::run(args, &term),
         Command::Eval(args) => commands::eval::run(args, &term),
         Command::Bench(args) => commands::bench::run(args, &term),
+        Command::BenchServe(args) => commands::bench_serve::run(*args, &term),
         Command::Train(args) => commands::train::train(*args, &term),
         Command::Finetune(args) => commands::train::finetune(*args, &term),
         Command::Tokenizer(args) => commands::tokenizer::run(args, &term),

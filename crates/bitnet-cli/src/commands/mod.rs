@@ -1,6 +1,7 @@
 //! One file for each command: its arguments, its help, and what it does.
 
 pub(crate) mod bench;
+pub(crate) mod bench_serve;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod convert;

@@ -130,6 +130,11 @@ struct LogArgs {
     /// A level, or a filter such as 'info,bitnet_server::access=off'
     #[arg(long, env = "BITNET_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
+    /// Send OpenTelemetry spans to the collector at this address (OTLP over HTTP), such as
+    /// http://127.0.0.1:4318
+    #[cfg(feature = "otel")]
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
+    otlp_endpoint: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -140,11 +145,10 @@ enum LogFormatArg {
 
 /// Serves until a signal comes.
 pub(crate) fn run(args: ServeArgs, term: &Term) -> anyhow::Result<Outcome> {
-    let format = match args.log.log_format {
-        LogFormatArg::Text => LogFormat::Text,
-        LogFormatArg::Json => LogFormat::Json,
-    };
-    bitnet_server::init_logging(format, &args.log.log).map_err(|e| Usage::error(e.to_string()))?;
+    #[cfg(feature = "otel")]
+    let traces = args.log.init()?;
+    #[cfg(not(feature = "otel"))]
+    args.log.init()?;
     let mut engine_config = args.engine.config(args.limits.parallel);
     engine_config.memory_pool_size = MemorySize::MB(args.limits.kv_memory);
     engine_config.max_cached_bytes = MemorySize::MB(args.limits.model_memory);
@@ -165,7 +169,37 @@ pub(crate) fn run(args: ServeArgs, term: &Term) -> anyhow::Result<Outcome> {
         .context("cannot start the server's threads")?;
     let outcome = runtime.block_on(serve(state, engine, preload));
     runtime.shutdown_timeout(Duration::from_secs(1));
+    #[cfg(feature = "otel")]
+    if let Some(error) = traces.and_then(|traces| traces.shutdown().err()) {
+        term.warn(&format!("the last spans were not sent: {error}"));
+    }
     outcome
+}
+
+impl LogArgs {
+    fn format(&self) -> LogFormat {
+        match self.log_format {
+            LogFormatArg::Text => LogFormat::Text,
+            LogFormatArg::Json => LogFormat::Json,
+        }
+    }
+
+    #[cfg(not(feature = "otel"))]
+    fn init(&self) -> anyhow::Result<()> {
+        bitnet_server::init_logging(self.format(), &self.log)
+            .map_err(|e| Usage::error(e.to_string()))
+    }
+
+    #[cfg(feature = "otel")]
+    fn init(&self) -> anyhow::Result<Option<bitnet_server::Traces>> {
+        let done = match &self.otlp_endpoint {
+            None => bitnet_server::init_logging(self.format(), &self.log).map(|()| None),
+            Some(endpoint) => {
+                bitnet_server::init_logging_and_traces(self.format(), &self.log, endpoint).map(Some)
+            }
+        };
+        done.map_err(|e| Usage::error(e.to_string()))
+    }
 }
 
 async fn serve(

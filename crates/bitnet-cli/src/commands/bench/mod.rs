@@ -21,6 +21,7 @@ use crate::exit::{Outcome, Usage};
 use crate::flags::KvArg;
 use crate::term::{Term, Unit};
 use record::Record;
+pub(crate) use record::utc;
 
 const EXAMPLES: &str = "\
 Examples:
