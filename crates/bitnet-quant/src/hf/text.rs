@@ -188,18 +188,15 @@ fn special_tokens(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hf::config;
 
     fn files(list: &[(&str, &str)]) -> ModelFiles {
         let own = list.iter().map(|(name, text)| (*name, Bytes::from(text.to_string())));
         ModelFiles::in_memory("test", own)
     }
 
-    fn settings() -> HfConfig {
-        let json = br#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
-            "bos_token_id": 7, "eos_token_id": 8}"#;
-        config::parse(json, "test".into()).unwrap()
+    /// Reads `files` beside a config.json that names two tokens.
+    fn read(files: &ModelFiles) -> Result<TextAssets> {
+        super::read(files, Some(7), &[8])
     }
 
     #[test]
@@ -216,7 +213,7 @@ mod tests {
                 r#"{"unk_token": "<u>", "additional_special_tokens": ["x"]}"#,
             ),
         ]);
-        let text = read(&files, &settings()).unwrap();
+        let text = read(&files).unwrap();
         assert_eq!(text.eos_token_ids, [5, 8, 9]);
         assert_eq!(text.bos_token_id, Some(7), "`<b>` has no id, so config.json decides");
         assert_eq!(text.add_bos, Some(false));
@@ -234,8 +231,7 @@ mod tests {
             "tokenizer_config.json",
             r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#,
         );
-        let template =
-            |list: &[(&str, &str)]| read(&files(list), &settings()).unwrap().chat_template;
+        let template = |list: &[(&str, &str)]| read(&files(list)).unwrap().chat_template;
         assert_eq!(template(&[one]).as_deref(), Some("one"));
         assert_eq!(template(&[named]).as_deref(), Some("d"));
         assert_eq!(template(&[one, ("chat_template.jinja", "file")]).as_deref(), Some("file"));
@@ -249,11 +245,11 @@ mod tests {
             ("tokenizer_config.json", r#"{"chat_template": 7}"#),
             ("generation_config.json", r#"{"eos_token_id": -1}"#),
         ] {
-            let message = read(&files(&[(name, content)]), &settings()).unwrap_err().to_string();
+            let message = read(&files(&[(name, content)])).unwrap_err().to_string();
             assert!(message.starts_with(&format!("test/{name}: ")), "{message}");
         }
         let invalid =
             ModelFiles::in_memory("test", [("chat_template.jinja", Bytes::from_static(b"\xFF"))]);
-        assert!(read(&invalid, &settings()).unwrap_err().to_string().contains("UTF-8"));
+        assert!(read(&invalid).unwrap_err().to_string().contains("UTF-8"));
     }
 }
