@@ -5,6 +5,7 @@
 //! Knows nothing of files; `bitnet-quant` implements these traits for every packing.
 
 use crate::error::{Error, Result};
+use crate::kernels::Packing;
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -54,6 +55,12 @@ pub trait TernaryRows: Send + Sync {
     fn scales(&self) -> &Scales;
     /// Writes the codes of row `row` (`< rows`), one per byte, into `out` (length `cols`).
     fn decode_row(&self, row: usize, out: &mut [u8]);
+    /// The matrix as tiles in this packing (see [`PackedTernary`](crate::kernels::PackedTernary)),
+    /// where that is what the source holds, every byte below 243: a backend may keep these bytes
+    /// (perhaps a file mapping) instead of a copy. No alignment is promised.
+    fn tiles(&self) -> Option<(Packing, Bytes)> {
+        None
+    }
     /// Tells the source that nothing will be read from it for a while, so that mapped file pages
     /// may be dropped from memory.
     fn release(&self) {}
@@ -126,6 +133,18 @@ impl FloatType {
     }
 }
 
+/// A float matrix rounded to bytes, with bounds of what that lost: enough to find the rows that can
+/// have the largest products with a vector. Made by [`crate::cpu::round_rows`].
+#[derive(Debug, Clone)]
+pub struct RoundedRows {
+    /// Tiles of 16 rows in steps of 64 bytes, four columns of each row; a byte is
+    /// `128 + round(w / scale)`. Rows and columns are padded with 128.
+    pub codes: Bytes,
+    /// For each row of the tiles the scale, at least the norm of the rounded row, and at least the
+    /// norm of its difference to the exact one: three little-endian f32.
+    pub bounds: Bytes,
+}
+
 /// A float matrix `(rows, cols)`: embeddings, heads, unquantized projections.
 pub trait FloatRows: Send + Sync {
     /// Output features, or vocabulary size.
@@ -138,6 +157,11 @@ pub trait FloatRows: Send + Sync {
     /// source holds: a backend may keep these bytes (perhaps a file mapping) instead of a copy.
     /// No alignment is promised.
     fn raw(&self) -> Option<(FloatType, Bytes)> {
+        None
+    }
+    /// A rounded copy of the matrix, where the source holds one: an output head need not make it
+    /// then.
+    fn rounded(&self) -> Option<RoundedRows> {
         None
     }
     /// As [`TernaryRows::release`].

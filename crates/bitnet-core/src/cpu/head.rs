@@ -39,13 +39,14 @@ impl CpuTable {
     pub fn new(
         source: &dyn FloatRows,
         role: TableRole,
+        kernels: &Kernels,
         pool: &ThreadPool,
         memory: &mut WeightMemory,
     ) -> Result<Self> {
         let matrix = FloatMatrix::new(source, pool, memory)?;
         let shortlist = match role {
             TableRole::Embedding => None,
-            TableRole::Head => Shortlist::new(&matrix, pool, memory)?,
+            TableRole::Head => Shortlist::new(&matrix, source.rounded(), kernels, pool, memory)?,
         };
         if shortlist.is_some() {
             source.release();

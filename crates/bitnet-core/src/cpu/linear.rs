@@ -78,7 +78,6 @@ impl CpuLinear {
                     && !matches!(scales, Scales::Group { .. });
                 let packing = if one_sum { kernels.packing() } else { Packing::Codes };
                 let codes = PackedTernary::new(&**weights, packing, kernels, pool, memory)?;
-                weights.release();
                 Weights::Ternary { codes, scales, activations: *activations }
             }
             Matrix::Float(weights) => Weights::Float(FloatMatrix::new(&**weights, pool, memory)?),

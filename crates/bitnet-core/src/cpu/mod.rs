@@ -23,6 +23,7 @@ pub use buffer::{CpuBuffer, Held};
 pub use head::CpuTable;
 pub use kv::{CpuKv, MAX_HEAD_DIM, TILE_TOKENS};
 pub use rope::CpuRope;
+pub use shortlist::round_rows;
 
 use crate::backend::{
     Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, SequenceSlice,
@@ -152,7 +153,8 @@ impl Backend for CpuBackend {
     }
 
     fn table(&mut self, weights: Arc<dyn FloatRows>, role: TableRole) -> Result<Self::Table> {
-        let table = CpuTable::new(&*weights, role, &self.pool, &mut self.weight_memory)?;
+        let table =
+            CpuTable::new(&*weights, role, self.kernels, &self.pool, &mut self.weight_memory)?;
         let bytes = table.memory_bytes();
         Ok(self.weights.hold(table, bytes))
     }

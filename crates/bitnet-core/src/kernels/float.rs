@@ -1,13 +1,12 @@
 //! Float matrices as they lie in a file: f32, f16 or bf16 bytes, perhaps mapped, at any alignment.
 //! Kept as they are where the source has them, so that loading a head costs nothing.
 
-use super::memory::{Block, WeightMemory};
+use super::memory::{Storage, WeightMemory};
 use super::{Kernels, TILE_ROWS, prefetch};
 use crate::cpu::math::{LANES, sum_lanes};
 use crate::error::{Error, Result};
 use crate::threads::{Parts, ThreadPool, share};
 use crate::weights::{FloatRows, FloatType};
-use bytes::Bytes;
 use std::ops::Range;
 
 /// Up to 16 consecutive rows of a float matrix.
@@ -76,13 +75,6 @@ pub struct FloatMatrix {
     bytes: Storage,
 }
 
-enum Storage {
-    /// The source's own.
-    Shared(Bytes),
-    /// Decoded.
-    Own(Block),
-}
-
 impl FloatMatrix {
     /// Takes the source's bytes; a source that has no plain numbers is decoded to f16.
     ///
@@ -142,10 +134,7 @@ impl FloatMatrix {
 
     /// Consecutive rows; a tile if there are at most 16.
     pub fn rows_at(&self, rows: Range<usize>) -> FloatTile<'_> {
-        let bytes = match &self.bytes {
-            Storage::Shared(bytes) => &bytes[..],
-            Storage::Own(block) => &block[..],
-        };
+        let bytes = &self.bytes[..];
         let row_bytes = self.cols * self.dtype.size();
         FloatTile {
             bytes: &bytes[rows.start * row_bytes..rows.end.min(self.rows) * row_bytes],
@@ -382,7 +371,8 @@ impl LaneNumber<32> for half::bf16 {
     }
 }
 
-fn decode<N: Number>(bytes: &[u8], out: &mut [f32]) {
+#[inline(always)]
+pub(super) fn decode<N: Number>(bytes: &[u8], out: &mut [f32]) {
     for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(N::SIZE)) {
         *out = N::decode(bytes);
     }

@@ -6,6 +6,7 @@
 //! taken from the system when they are first written. Knows nothing of what is stored.
 
 use crate::error::{Error, Result};
+use bytes::Bytes;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -62,6 +63,26 @@ pub(crate) struct Block {
 unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
+
+/// Bytes of a matrix on the device.
+pub(crate) enum Storage {
+    /// The source's own, perhaps a file mapping.
+    Shared(Bytes),
+    /// Written for the kernels.
+    Own(Block),
+}
+
+impl Deref for Storage {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Shared(bytes) => bytes,
+            Self::Own(block) => block,
+        }
+    }
+}
 
 impl Deref for Block {
     type Target = [u8];

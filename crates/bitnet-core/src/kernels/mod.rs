@@ -24,10 +24,10 @@ mod wide;
 mod x86_64;
 
 pub use float::{FloatMatrix, FloatTile};
-pub(crate) use memory::Block;
 pub use memory::{BLOCK_ALIGN, WeightMemory};
+pub(crate) use memory::{Block, Storage};
 pub use packed::{PackedTernary, Packing, STEP_BYTES, STEP_COLS, TILE_ROWS};
-pub(crate) use quantized::{Grouping, QuantizedTokens};
+pub(crate) use quantized::{BYTE_OFFSET, ByteRow, Grouping, QuantizedTokens, norm_above};
 pub use quantized::{Rescale, TokenCodes, WeightScales};
 pub use wide::{WideMatrix, WideRows};
 
@@ -94,8 +94,8 @@ type NormFn = unsafe fn(&[f32], &NormWeights, &mut [f32]);
 type GateFn = unsafe fn(Activation, &mut [f32], &[f32]);
 type PackTileFn = unsafe fn(&[u8], &mut [u8]);
 type MacLoopFn = unsafe fn(u64) -> u64;
-type BytesFn = unsafe fn(&[u8], &[i8], usize, &mut [i32]);
 type WideFn = unsafe fn(&WideRows<'_>, &WideMatrix, &mut [f32], usize);
+type RoundRowsFn = unsafe fn(&FloatTile<'_>, &mut Vec<f32>, &mut [u8], &mut [ByteRow]);
 type FloatFn = unsafe fn(&FloatTile<'_>, &[f32], usize, &mut [f32]);
 
 /// A set of kernels for one instruction set, available on this CPU.
@@ -111,8 +111,9 @@ pub struct Kernels {
     /// The two functions of [`Packing::Trits`], where unpacking it costs less than it saves.
     trits: Option<(ProductsFn, PackTileFn)>,
     float_products: FloatFn,
-    byte_products: BytesFn,
     wide_products: WideFn,
+    byte_products: ProductsFn,
+    round_rows: RoundRowsFn,
     attention: &'static AttentionKernels,
     mac_loop: MacLoopFn,
 }
@@ -149,6 +150,7 @@ static SCALAR: Kernels = Kernels {
     float_products: scalar::float_products,
     byte_products: scalar::byte_products,
     wide_products: wide::scalar,
+    round_rows: scalar::round_rows,
     attention: &attend::PORTABLE,
     mac_loop: scalar::mac_loop,
 };
@@ -319,19 +321,49 @@ impl Kernels {
         unsafe { (self.float_products)(tile, x, n_tokens, out) }
     }
 
-    /// Products of 16 rows of unsigned bytes with `n_tokens` tokens of 8-bit integers:
-    /// `sums[token · 16 + row]`. A step of the tile is 64 bytes: four columns of each row. Tokens
-    /// are `stride` apart. Exact.
+    /// Products of tiles of unsigned bytes with tokens of 8-bit integers:
+    /// `sums[(tile · n_tokens + token) · 16 + row]`. A step of a tile is 64 bytes: four columns of
+    /// each of 16 rows. Exact.
     ///
     /// # Panics
     /// If the lengths of the slices do not fit together.
-    pub(crate) fn byte_products(&self, tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
-        let cols = tile.len() / STEP_BYTES * BYTE_STEP_COLS;
-        assert!(tile.len().is_multiple_of(STEP_BYTES) && cols <= stride && cols <= MAX_BYTE_COLS);
-        assert!(sums.len().is_multiple_of(TILE_ROWS));
-        assert!(x.len() >= sums.len() / TILE_ROWS * stride);
+    pub(crate) fn byte_products(
+        &self,
+        codes: &[u8],
+        steps: usize,
+        tokens: &TokenCodes<'_>,
+        sums: &mut [i32],
+    ) {
+        let cols = steps * BYTE_STEP_COLS;
+        assert!(steps > 0 && codes.len().is_multiple_of(steps * STEP_BYTES));
+        assert!(cols <= tokens.stride && cols <= MAX_BYTE_COLS);
+        assert!(tokens.codes.len() >= tokens.n_tokens * tokens.stride);
+        // The packing says which function is called; the functions do not look at it.
+        let tiles = Tiles { codes, packing: Packing::Codes, steps, group_steps: steps };
+        assert_eq!(sums.len(), tiles.n_tiles() * tokens.n_tokens * TILE_ROWS);
+        if sums.is_empty() {
+            return;
+        }
         // SAFETY: the CPU has the features, as `available` saw to; lengths checked above.
-        unsafe { (self.byte_products)(tile, x, stride, sums) }
+        unsafe { (self.byte_products)(&tiles, tokens, sums) }
+    }
+
+    /// Rounds up to 16 rows of floats to a tile of bytes for [`Kernels::byte_products`], and says of
+    /// each how far that is off. `row` is a buffer.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not fit together.
+    pub(crate) fn round_rows(
+        &self,
+        rows: &FloatTile<'_>,
+        row: &mut Vec<f32>,
+        out: &mut [u8],
+        bounds: &mut [ByteRow],
+    ) {
+        assert!(rows.cols > 0 && rows.n_rows() <= bounds.len() && bounds.len() <= TILE_ROWS);
+        assert_eq!(out.len(), rows.cols.div_ceil(BYTE_STEP_COLS) * STEP_BYTES);
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { (self.round_rows)(rows, row, out, bounds) }
     }
 
     /// Attention of a few queries over one head of a cache; the result is left in `scratch`.

@@ -31,7 +31,7 @@
 //! of padding columns are 0, and the sums of padding rows are never looked at.
 
 use super::Kernels;
-use super::memory::{Block, WeightMemory};
+use super::memory::{Storage, WeightMemory};
 use crate::error::{Error, Result};
 use crate::threads::{Parts, ThreadPool, share};
 use crate::weights::{MAX_TERNARY_COLS, TernaryRows};
@@ -71,16 +71,18 @@ pub struct PackedTernary {
     rows: usize,
     cols: usize,
     packing: Packing,
-    codes: Block,
+    codes: Storage,
 }
 
 impl PackedTernary {
-    /// Repacks `source`, each thread the tiles it would take in a product. A matrix with a code 3
-    /// cannot be packed as trits, and is packed as codes.
+    /// Takes the source's tiles if it has them in this packing, or repacks its rows, each thread the
+    /// tiles it would take in a product. A matrix with a code 3 cannot be packed as trits, and is
+    /// packed as codes.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the matrix is empty or has more than [`MAX_TERNARY_COLS`] columns,
-    /// [`Error::OutOfMemory`] if there is no room.
+    /// [`Error::Shape`] if its tiles are not as many as its shape needs, [`Error::OutOfMemory`] if
+    /// there is no room.
     pub fn new(
         source: &dyn TernaryRows,
         packing: Packing,
@@ -98,9 +100,15 @@ impl PackedTernary {
         let bytes = n_tiles
             .checked_mul(tile_bytes)
             .ok_or_else(|| Error::OutOfMemory { what: "ternary matrix".into(), bytes: u64::MAX })?;
-        let mut packed = Self { rows, cols, packing, codes: memory.take(bytes)? };
-        let stride = packed.padded_cols();
-        let codes = Parts::new(&mut packed.codes);
+        if let Some((_, tiles)) = source.tiles().filter(|(held, _)| *held == packing) {
+            if tiles.len() != bytes {
+                return Err(Error::shape("tiles of a ternary matrix", bytes, tiles.len()));
+            }
+            return Ok(Self { rows, cols, packing, codes: Storage::Shared(tiles) });
+        }
+        let mut block = memory.take(bytes)?;
+        let stride = cols.next_multiple_of(packing.step_cols());
+        let codes = Parts::new(&mut block);
         let too_large = AtomicBool::new(false);
         pool.run(&|thread| {
             let mut decoded = vec![0; TILE_ROWS * stride];
@@ -111,7 +119,8 @@ impl PackedTernary {
                         _ => row.fill(0),
                     }
                 }
-                if packing == Packing::Trits && decoded.iter().any(|&code| code > 2) {
+                // A maximum of all, which compiles to vector code; a search would stop at each byte.
+                if packing == Packing::Trits && decoded.iter().fold(0, |m, &c| c.max(m)) > 2 {
                     return too_large.store(true, Ordering::Relaxed);
                 }
                 // SAFETY: the shares of the threads are disjoint, and so are their tiles' bytes.
@@ -122,7 +131,8 @@ impl PackedTernary {
         if too_large.into_inner() {
             return Self::new(source, Packing::Codes, kernels, pool, memory);
         }
-        Ok(packed)
+        source.release();
+        Ok(Self { rows, cols, packing, codes: Storage::Own(block) })
     }
 
     /// Output features.
@@ -161,7 +171,7 @@ impl PackedTernary {
         &self.codes[tiles.start * tile_bytes..tiles.end * tile_bytes]
     }
 
-    /// Bytes held.
+    /// Bytes held, mapped ones included.
     pub fn memory_bytes(&self) -> u64 {
         self.codes.len() as u64
     }

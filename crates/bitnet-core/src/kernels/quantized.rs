@@ -34,6 +34,26 @@ impl<'a> TokenCodes<'a> {
     }
 }
 
+/// What a byte of [`Kernels::byte_products`] is offset by: it holds `128 + round(w / scale)`.
+pub(crate) const BYTE_OFFSET: i32 = 128;
+
+/// How a row of floats was rounded to bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct ByteRow {
+    /// What one unit of a code is worth.
+    pub(crate) scale: f32,
+    /// At least the Euclidean norm of the rounded row.
+    pub(crate) norm: f32,
+    /// At least the Euclidean norm of its difference to the exact row.
+    pub(crate) error: f32,
+}
+
+/// Makes a sum of squares in f64 an upper bound of the norm in f32.
+#[inline(always)]
+pub(crate) fn norm_above(squares: f64) -> f32 {
+    (squares.sqrt() * (1.0 + 1e-6)) as f32
+}
+
 /// A reusable buffer of quantized tokens with their scales and sums.
 #[derive(Debug, Default)]
 pub(crate) struct QuantizedTokens {

@@ -6,8 +6,8 @@
 //!
 //! [`Kernels`]: super::Kernels
 
-use super::float::{FloatTile, Number};
-use super::quantized::{Rescale, TokenCodes, WeightScales};
+use super::float::{self, FloatTile, Number};
+use super::quantized::{BYTE_OFFSET, ByteRow, Rescale, TokenCodes, WeightScales, norm_above};
 use super::{Packing, STEP_BYTES, STEP_COLS, TILE_ROWS, Tiles};
 use crate::backend::Activation;
 use crate::cpu::math;
@@ -213,6 +213,16 @@ macro_rules! float_parts {
         pub(super) fn gate(activation: crate::backend::Activation, gate: &mut [f32], up: &[f32]) {
             crate::kernels::scalar::gate(activation, gate, up);
         }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn round_rows(
+            rows: &crate::kernels::FloatTile<'_>,
+            row: &mut Vec<f32>,
+            out: &mut [u8],
+            bounds: &mut [crate::kernels::ByteRow],
+        ) {
+            crate::kernels::scalar::round_rows(rows, row, out, bounds);
+        }
     };
 }
 
@@ -271,16 +281,88 @@ fn float_rows<N: Number>(tile: &FloatTile<'_>, x: &[f32], n_tokens: usize, out: 
 }
 
 /// [`Kernels::byte_products`](crate::kernels::Kernels::byte_products).
-pub(super) fn byte_products(tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
-    for (x, sums) in x.chunks(stride).zip(sums.as_chunks_mut::<TILE_ROWS>().0) {
-        sums.fill(0);
-        for (step, x) in tile.as_chunks::<STEP_BYTES>().0.iter().zip(x.as_chunks::<4>().0) {
-            for (sum, codes) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
-                for (&code, &x) in codes.iter().zip(x) {
-                    *sum += i32::from(code) * i32::from(x);
+pub(super) fn byte_products(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+    let all = tiles.codes.chunks_exact(tiles.steps * STEP_BYTES);
+    for (tile, sums) in all.zip(sums.chunks_exact_mut(tokens.n_tokens * TILE_ROWS)) {
+        let tokens = tokens.codes.chunks(tokens.stride);
+        for (x, sums) in tokens.zip(sums.as_chunks_mut::<TILE_ROWS>().0) {
+            sums.fill(0);
+            for (step, x) in tile.as_chunks::<STEP_BYTES>().0.iter().zip(x.as_chunks::<4>().0) {
+                for (sum, codes) in sums.iter_mut().zip(step.as_chunks::<4>().0) {
+                    for (&code, &x) in codes.iter().zip(x) {
+                        *sum += i32::from(code) * i32::from(x);
+                    }
                 }
             }
         }
+    }
+}
+
+/// [`Kernels::round_rows`](crate::kernels::Kernels::round_rows).
+#[inline(always)]
+pub(super) fn round_rows(
+    rows: &FloatTile<'_>,
+    row: &mut Vec<f32>,
+    out: &mut [u8],
+    bounds: &mut [ByteRow],
+) {
+    row.resize(rows.cols, 0.0);
+    if rows.n_rows() < TILE_ROWS {
+        out.fill(BYTE_OFFSET as u8);
+    }
+    let each = rows.bytes.chunks_exact(rows.cols * rows.dtype.size());
+    for (r, (bytes, bound)) in each.zip(bounds).enumerate() {
+        match rows.dtype {
+            FloatType::F32 => float::decode::<f32>(bytes, row),
+            FloatType::F16 => float::decode::<half::f16>(bytes, row),
+            FloatType::BF16 => float::decode::<half::bf16>(bytes, row),
+        }
+        *bound = round_row(row, &mut out[4 * r..]);
+    }
+}
+
+/// Rounds a row to bytes; writes four of them every `STEP_BYTES`.
+#[inline(always)]
+fn round_row(row: &[f32], out: &mut [u8]) -> ByteRow {
+    let scale = math::max_abs(row).max(f32::MIN_POSITIVE) / 127.0;
+    let inverse = 1.0 / scale;
+    // Sums in f64, so that no bound is too small; in lanes, so that they need not wait.
+    let mut sums = [[0.0f64; math::LANES]; 2];
+    let (blocks, tail) = row.as_chunks::<{ math::LANES }>();
+    let mut steps = out.chunks_mut(4 * STEP_BYTES);
+    for (weights, out) in blocks.iter().zip(&mut steps) {
+        round_block(weights, scale, inverse, out, &mut sums);
+    }
+    if let Some(out) = steps.next() {
+        let mut weights = [0.0; math::LANES];
+        weights[..tail.len()].copy_from_slice(tail);
+        round_block(&weights, scale, inverse, out, &mut sums);
+    }
+    let [norm, error] = sums.map(|lanes| norm_above(lanes.iter().sum()));
+    ByteRow { scale, norm, error }
+}
+
+/// Sixteen weights of [`round_row`]; adds the squares of what they became and of what was lost.
+#[inline(always)]
+fn round_block(
+    weights: &math::Lanes,
+    scale: f32,
+    inverse: f32,
+    out: &mut [u8],
+    [squares, errors]: &mut [[f64; math::LANES]; 2],
+) {
+    let mut codes = [0u8; math::LANES];
+    for i in 0..math::LANES {
+        // |w / scale| rounds to 127 at most.
+        let rounded = math::round_even_i32(weights[i] * inverse);
+        codes[i] = rounded.wrapping_add(BYTE_OFFSET) as u8;
+        let value = f64::from(rounded) * f64::from(scale);
+        let error = f64::from(weights[i]) - value;
+        squares[i] += value * value;
+        errors[i] += error * error;
+    }
+    for (step, codes) in out.chunks_mut(STEP_BYTES).zip(codes.as_chunks::<4>().0) {
+        step[..4].copy_from_slice(codes);
     }
 }
 

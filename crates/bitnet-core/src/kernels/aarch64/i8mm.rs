@@ -6,7 +6,7 @@
 
 use super::dotprod::{activations, by_fields};
 use super::neon::{
-    fields, float_products, gate, load_ahead, norm, pack_tile, quantize, rescale, store,
+    fields, float_products, gate, load_ahead, norm, pack_tile, quantize, rescale, round_rows, store,
 };
 use crate::cpu::attend;
 use crate::kernels::quantized::TokenCodes;
@@ -27,6 +27,7 @@ pub(in crate::kernels) static I8MM: Kernels = Kernels {
     float_products,
     byte_products: crate::kernels::scalar::byte_products,
     wide_products: crate::kernels::wide::scalar,
+    round_rows,
     attention: &attend::PORTABLE,
     mac_loop,
 };

@@ -25,6 +25,7 @@ pub(in crate::kernels) static NEON: Kernels = Kernels {
     float_products,
     byte_products: crate::kernels::scalar::byte_products,
     wide_products: crate::kernels::wide::scalar,
+    round_rows,
     attention: &attend::PORTABLE,
     mac_loop,
 };

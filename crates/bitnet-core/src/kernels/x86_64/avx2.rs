@@ -24,6 +24,7 @@ pub(in crate::kernels) static AVX2: Kernels = Kernels {
     float_products,
     byte_products: super::bytes::avx2,
     wide_products: super::wide::avx2,
+    round_rows,
     attention: &attend::AVX2,
     mac_loop,
 };

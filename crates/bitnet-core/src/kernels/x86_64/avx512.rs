@@ -5,8 +5,9 @@
 //! register, a row to each 32-bit lane. For few tokens the fields of the codes stay where they are
 //! in a byte: worth a multiple of the code, each field has sums of its own, and the multiples are
 //! divided out once, after the last step (`MAX_TERNARY_COLS` says why nothing overflows). For more
-//! tokens a step's fields are brought to units once and used for all, two tiles at a time, so that
-//! an activation is loaded once for 32 rows.
+//! tokens a step's fields are brought to units once and used for all: one tile by up to 16 tokens,
+//! whose activations are broadcast by `vpdpbusd` itself. Two tiles would halve those loads, but
+//! their fields and sums do not fit the registers beside the constants that unpack them.
 //!
 //! The functions are `inline(always)` and carry no features themselves: each set compiles them
 //! inside a function of its own that does. They use no closures around instructions, for closures
@@ -22,9 +23,8 @@ use std::ops::Range;
 
 /// Bytes ahead of the reader that are asked for: the memory's latency times its bandwidth.
 const PREFETCH: usize = 2048;
-/// Most tokens whose sums stay in registers for two tiles. Twelve would fit by count, but leave no
-/// room for anything else.
-const BLOCK_TOKENS: usize = 8;
+/// Most tokens whose sums stay in registers beside the fields of a step.
+const BLOCK_TOKENS: usize = 16;
 
 /// A way to take the fields of a packing out of a register of 64 bytes.
 ///
@@ -54,15 +54,12 @@ pub(super) unsafe fn products<P: Fields<FIELDS>, const FIELDS: usize>(
 ) {
     let tile_bytes = tiles.steps * STEP_BYTES;
     let tile_sums = tokens.n_tokens * tiles.n_groups() * TILE_ROWS;
-    // A lone tile cannot share its loads of activations, so that the simpler loop is as fast.
-    let in_pairs = tokens.n_tokens > P::APART_TOKENS;
-    let unit = if in_pairs { 2 } else { 1 };
-    let units = tiles.codes.chunks(unit * tile_bytes).zip(sums.chunks_mut(unit * tile_sums));
+    let units = tiles.codes.chunks(tile_bytes).zip(sums.chunks_mut(tile_sums));
     for (codes, sums) in units {
         // SAFETY: the caller's promise.
         unsafe {
-            if codes.len() > tile_bytes {
-                pair::<P, FIELDS>(codes, tiles, tokens, sums);
+            if tokens.n_tokens > P::APART_TOKENS {
+                many::<P, FIELDS>(codes, tiles, tokens, sums);
             } else {
                 single::<P, FIELDS>(codes, tiles, tokens, sums);
             }
@@ -82,6 +79,9 @@ unsafe fn single<P: Fields<FIELDS>, const FIELDS: usize>(
         // SAFETY: the caller's promise.
         unsafe {
             match P::APART_TOKENS.min(tokens.n_tokens - first) {
+                // A single field leaves registers for more sums.
+                1 if FIELDS == 1 => apart::<P, FIELDS, 1, 4>(tile, tiles, tokens, first, sums),
+                2 if FIELDS == 1 => apart::<P, FIELDS, 2, 4>(tile, tiles, tokens, first, sums),
                 1 => apart::<P, FIELDS, 1, 2>(tile, tiles, tokens, first, sums),
                 2 => apart::<P, FIELDS, 2, 1>(tile, tiles, tokens, first, sums),
                 3 => apart::<P, FIELDS, 3, 1>(tile, tiles, tokens, first, sums),
@@ -144,7 +144,7 @@ unsafe fn add_step<P: Fields<FIELDS>, const FIELDS: usize, const TOKENS: usize>(
 ) {
     // SAFETY: the caller's promise; every token has columns for all steps of a tile.
     unsafe {
-        let fields = P::in_place(load_ahead(codes, PREFETCH));
+        let fields = P::in_place(load_ahead(codes));
         for t in 0..TOKENS {
             let x = tokens.columns::<FIELDS>(first + t, step);
             for j in 0..FIELDS {
@@ -154,10 +154,10 @@ unsafe fn add_step<P: Fields<FIELDS>, const FIELDS: usize, const TOKENS: usize>(
     }
 }
 
-/// All tokens times two tiles.
+/// All tokens times one tile, more of them than are summed apart.
 #[inline(always)]
-unsafe fn pair<P: Fields<FIELDS>, const FIELDS: usize>(
-    codes: &[u8],
+unsafe fn many<P: Fields<FIELDS>, const FIELDS: usize>(
+    tile: &[u8],
     tiles: &Tiles<'_>,
     tokens: &TokenCodes<'_>,
     sums: &mut [i32],
@@ -165,67 +165,56 @@ unsafe fn pair<P: Fields<FIELDS>, const FIELDS: usize>(
     let n_blocks = tokens.n_tokens.div_ceil(BLOCK_TOKENS);
     for block in 0..n_blocks {
         let Range { start, end } = share(tokens.n_tokens, n_blocks, block);
-        // While the arithmetic of this pair runs, the next pair comes from memory: both tiles if
-        // this is the only block, else one tile in each of the first two blocks.
-        let ahead = [0, 1].map(|tile| match n_blocks == 1 || block == tile {
-            true => codes.len(),
-            false => 0,
-        });
         // SAFETY: the caller's promise.
         unsafe {
             match end - start {
-                8 => in_units::<P, FIELDS, 8>(codes, tiles, tokens, start, sums, ahead),
-                7 => in_units::<P, FIELDS, 7>(codes, tiles, tokens, start, sums, ahead),
-                6 => in_units::<P, FIELDS, 6>(codes, tiles, tokens, start, sums, ahead),
-                5 => in_units::<P, FIELDS, 5>(codes, tiles, tokens, start, sums, ahead),
-                n => {
-                    // Only ever 4, but for packings that sum fewer tokens apart.
-                    debug_assert!(n == 4);
-                    in_units::<P, FIELDS, 4>(codes, tiles, tokens, start, sums, ahead);
-                }
+                16 => in_units::<P, FIELDS, 16>(tile, tiles, tokens, start, sums),
+                15 => in_units::<P, FIELDS, 15>(tile, tiles, tokens, start, sums),
+                14 => in_units::<P, FIELDS, 14>(tile, tiles, tokens, start, sums),
+                13 => in_units::<P, FIELDS, 13>(tile, tiles, tokens, start, sums),
+                12 => in_units::<P, FIELDS, 12>(tile, tiles, tokens, start, sums),
+                11 => in_units::<P, FIELDS, 11>(tile, tiles, tokens, start, sums),
+                10 => in_units::<P, FIELDS, 10>(tile, tiles, tokens, start, sums),
+                9 => in_units::<P, FIELDS, 9>(tile, tiles, tokens, start, sums),
+                8 => in_units::<P, FIELDS, 8>(tile, tiles, tokens, start, sums),
+                7 => in_units::<P, FIELDS, 7>(tile, tiles, tokens, start, sums),
+                6 => in_units::<P, FIELDS, 6>(tile, tiles, tokens, start, sums),
+                5 => in_units::<P, FIELDS, 5>(tile, tiles, tokens, start, sums),
+                _ => in_units::<P, FIELDS, 4>(tile, tiles, tokens, start, sums),
             }
         }
     }
 }
 
-/// The tokens from `first` on times two tiles; asks for the bytes `ahead` of each tile's steps.
+/// The tokens from `first` on times a tile.
 #[inline(always)]
 unsafe fn in_units<P: Fields<FIELDS>, const FIELDS: usize, const TOKENS: usize>(
-    codes: &[u8],
+    tile: &[u8],
     tiles: &Tiles<'_>,
     tokens: &TokenCodes<'_>,
     first: usize,
     sums: &mut [i32],
-    ahead: [usize; 2],
 ) {
     let n_groups = tiles.n_groups();
-    let (low, high) = codes.as_chunks::<STEP_BYTES>().0.split_at(tiles.steps);
+    let steps = tile.as_chunks::<STEP_BYTES>().0;
     // SAFETY: the caller's promise; every token has columns for all steps of a tile.
     unsafe {
         for group in 0..n_groups {
-            let mut acc = [[_mm512_setzero_si512(); TOKENS]; 2];
+            let mut acc = [_mm512_setzero_si512(); TOKENS];
             for step in group_range(tiles, group) {
-                let fields = [
-                    P::units(load_ahead(&low[step], ahead[0])),
-                    P::units(load_ahead(&high[step], ahead[1])),
-                ];
+                let fields = P::units(load_ahead(&steps[step]));
                 let x = tokens.columns::<FIELDS>(first, step).as_ptr();
                 let mut offset = 0;
                 for j in 0..FIELDS {
                     for t in 0..TOKENS {
                         let x = broadcast(&*x.byte_add(t * tokens.stride + offset));
-                        for i in 0..2 {
-                            acc[i][t] = _mm512_dpbusd_epi32(acc[i][t], fields[i][j], x);
-                        }
+                        acc[t] = _mm512_dpbusd_epi32(acc[t], fields[j], x);
                     }
-                    offset = after(offset + 4, &mut acc[1][TOKENS - 1]);
+                    offset = after(offset + 4, &mut acc[TOKENS - 1]);
                 }
             }
-            for i in 0..2 {
-                for t in 0..TOKENS {
-                    let at = (i * tokens.n_tokens + first + t) * n_groups + group;
-                    store(acc[i][t], sums, at);
-                }
+            for t in 0..TOKENS {
+                store(acc[t], sums, (first + t) * n_groups + group);
             }
         }
     }
@@ -252,10 +241,10 @@ fn group_range(tiles: &Tiles<'_>, group: usize) -> Range<usize> {
     group * tiles.group_steps..tiles.steps.min((group + 1) * tiles.group_steps)
 }
 
-/// A step of a tile; the line `ahead` bytes further is asked for.
+/// A step of a tile; a line further on is asked for.
 #[inline(always)]
-unsafe fn load_ahead(step: &[u8; STEP_BYTES], ahead: usize) -> __m512i {
-    prefetch(step.as_ptr().wrapping_add(ahead));
+unsafe fn load_ahead(step: &[u8; STEP_BYTES]) -> __m512i {
+    prefetch(step.as_ptr().wrapping_add(PREFETCH));
     // SAFETY: the caller has AVX-512; the load reads the 64 bytes of `step`.
     unsafe { _mm512_loadu_si512(step.as_ptr().cast()) }
 }

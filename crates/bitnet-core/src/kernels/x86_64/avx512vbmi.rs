@@ -4,7 +4,9 @@
 //! looks the two-bit codes of `idx` up in a table of 128 entries. Everything else is the VNNI set's.
 
 use super::avx512::{self, Fields, mask};
-use super::avx512vnni::{self, float_products, gate, mac_loop, norm, products, quantize, rescale};
+use super::avx512vnni::{
+    self, float_products, gate, mac_loop, norm, products, quantize, rescale, round_rows,
+};
 use crate::cpu::attend;
 use crate::kernels::quantized::TokenCodes;
 use crate::kernels::{Kernels, Packing, STEP_BYTES, TILE_ROWS, Tiles};
@@ -23,6 +25,7 @@ pub(in crate::kernels) static AVX512VBMI: Kernels = Kernels {
     float_products,
     byte_products: super::bytes::avx512vnni,
     wide_products: super::wide::avx512vnni,
+    round_rows,
     attention: &attend::AVX512VNNI,
     mac_loop,
 };

@@ -21,6 +21,7 @@ pub(in crate::kernels) static AVX512VNNI: Kernels = Kernels {
     float_products,
     byte_products: super::bytes::avx512vnni,
     wide_products: super::wide::avx512vnni,
+    round_rows,
     attention: &attend::AVX512VNNI,
     mac_loop,
 };

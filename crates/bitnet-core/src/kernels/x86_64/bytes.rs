@@ -1,8 +1,11 @@
 //! Products of unsigned bytes with signed ones, for each x86-64 instruction set: the shortlist of
 //! an output head reads a quarter of a gigabyte this way for every token, so it goes in one
 //! straight line through memory, with as many independent sums as hide the latency of an addition.
+//!
+//! To the AVX-512 sets a byte is one more packing, with a single field.
 
-use crate::kernels::{STEP_BYTES, TILE_ROWS, prefetch};
+use super::avx512::{self, Fields};
+use crate::kernels::{STEP_BYTES, TILE_ROWS, Tiles, TokenCodes, prefetch};
 use std::arch::x86_64::*;
 
 /// Bytes ahead of the reader that are asked for.
@@ -10,15 +13,20 @@ const PREFETCH: usize = 2048;
 /// Tokens that share one pass over a tile.
 const TOKENS: usize = 4;
 
-/// Splits the tokens into passes; `$pass::<N>` multiplies `N` tokens.
+/// Splits the tokens into passes over each tile; `$pass::<N>` multiplies `N` tokens.
 macro_rules! by_tokens {
-    ($pass:ident, $tile:expr, $x:expr, $stride:expr, $sums:expr) => {
-        for (x, sums) in $x.chunks(TOKENS * $stride).zip($sums.chunks_mut(TOKENS * TILE_ROWS)) {
-            match sums.len() / TILE_ROWS {
-                1 => $pass::<1>($tile, x, $stride, sums),
-                2 => $pass::<2>($tile, x, $stride, sums),
-                3 => $pass::<3>($tile, x, $stride, sums),
-                _ => $pass::<4>($tile, x, $stride, sums),
+    ($pass:ident, $tiles:expr, $tokens:expr, $sums:expr) => {
+        let (codes, stride) = ($tokens.codes, $tokens.stride);
+        let all = $tiles.codes.chunks_exact($tiles.steps * STEP_BYTES);
+        for (tile, sums) in all.zip($sums.chunks_exact_mut($tokens.n_tokens * TILE_ROWS)) {
+            for (x, sums) in codes.chunks(TOKENS * stride).zip(sums.chunks_mut(TOKENS * TILE_ROWS))
+            {
+                match sums.len() / TILE_ROWS {
+                    1 => $pass::<1>(tile, x, stride, sums),
+                    2 => $pass::<2>(tile, x, stride, sums),
+                    3 => $pass::<3>(tile, x, stride, sums),
+                    _ => $pass::<4>(tile, x, stride, sums),
+                }
             }
         }
     };
@@ -54,35 +62,37 @@ fn step_of(x: &[i8], stride: usize, token: usize, step: usize) -> i32 {
     i32::from_ne_bytes([columns[0] as u8, columns[1] as u8, columns[2] as u8, columns[3] as u8])
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(super) fn avx512vnni(tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
-    by_tokens!(pass512, tile, x, stride, sums);
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn avx512vnni(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+    // SAFETY: this function has the features; `Kernels::byte_products` has checked the lengths.
+    unsafe { avx512::products::<Bytes, 1>(tiles, tokens, sums) }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn pass512<const N: usize>(tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
-    const CHAINS: usize = 4;
-    let mut acc = [[_mm512_setzero_si512(); N]; CHAINS];
-    for (step, bytes) in tile.as_chunks::<STEP_BYTES>().0.iter().enumerate() {
-        prefetch(bytes.as_ptr().wrapping_add(PREFETCH));
-        // SAFETY: the load reads the 64 bytes of the step.
-        let codes = unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) };
-        for (t, acc) in acc[step % CHAINS].iter_mut().enumerate() {
-            let x = _mm512_set1_epi32(step_of(x, stride, t, step));
-            *acc = _mm512_dpbusd_epi32(*acc, codes, x);
-        }
+/// A byte is its own code.
+struct Bytes;
+
+impl Fields<1> for Bytes {
+    const APART_TOKENS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn in_place(step: __m512i) -> [__m512i; 1] {
+        [step]
     }
-    for (t, sums) in sums.as_chunks_mut::<TILE_ROWS>().0.iter_mut().enumerate() {
-        let low = _mm512_add_epi32(acc[0][t], acc[1][t]);
-        let sum = _mm512_add_epi32(low, _mm512_add_epi32(acc[2][t], acc[3][t]));
-        // SAFETY: the store writes the 16 sums.
-        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), sum) };
+
+    #[inline(always)]
+    unsafe fn total([sums]: [__m512i; 1]) -> __m512i {
+        sums
+    }
+
+    #[inline(always)]
+    unsafe fn units(step: __m512i) -> [__m512i; 1] {
+        [step]
     }
 }
 
 #[target_feature(enable = "avxvnni,avx2")]
-pub(super) fn avxvnni(tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
-    by_tokens!(pass256_vnni, tile, x, stride, sums);
+pub(super) fn avxvnni(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+    by_tokens!(pass256_vnni, tiles, tokens, sums);
 }
 
 #[target_feature(enable = "avxvnni,avx2")]
@@ -92,8 +102,8 @@ fn pass256_vnni<const N: usize>(tile: &[u8], x: &[i8], stride: usize, sums: &mut
 }
 
 #[target_feature(enable = "avx2")]
-pub(super) fn avx2(tile: &[u8], x: &[i8], stride: usize, sums: &mut [i32]) {
-    by_tokens!(pass256_plain, tile, x, stride, sums);
+pub(super) fn avx2(tiles: &Tiles<'_>, tokens: &TokenCodes<'_>, sums: &mut [i32]) {
+    by_tokens!(pass256_plain, tiles, tokens, sums);
 }
 
 #[target_feature(enable = "avx2")]
@@ -114,26 +124,33 @@ fn pass256_plain<const N: usize>(tile: &[u8], x: &[i8], stride: usize, sums: &mu
 
 #[cfg(test)]
 mod tests {
-    use crate::kernels::{Kernels, MAX_BYTE_COLS, STEP_BYTES, TILE_ROWS};
+    use crate::kernels::{Kernels, MAX_BYTE_COLS, STEP_BYTES, TILE_ROWS, TokenCodes};
 
     #[test]
     fn every_set_equals_plain_loops() {
+        // Tiles, steps and tokens around the sizes of the kernels' passes.
+        let most = MAX_BYTE_COLS / 4;
+        let few = (1..=9).map(|n_tokens| (3, 7, n_tokens));
+        let cases = [(1, 1, 1), (2, 2, 3), (1, 64, 5), (4, 5, 17), (1, most, 1), (2, most, 5)];
         for kernels in Kernels::available() {
-            for (steps, n_tokens) in [(1, 1), (2, 3), (7, 4), (64, 5), (MAX_BYTE_COLS / 4, 1)] {
+            for (n_tiles, steps, n_tokens) in few.clone().chain(cases) {
                 let stride = 4 * steps + 8;
                 let hash = |i: usize| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8;
                 let extreme = steps > 1000;
                 let code = |i| if extreme { 255 } else { hash(i) };
-                let tile: Vec<u8> = (0..steps * STEP_BYTES).map(code).collect();
+                let tiles: Vec<u8> = (0..n_tiles * steps * STEP_BYTES).map(code).collect();
                 let x = |i| if extreme { -128 } else { hash(i + 77) as i8 };
                 let x: Vec<i8> = (0..n_tokens * stride).map(x).collect();
-                let mut sums = vec![1; n_tokens * TILE_ROWS];
-                kernels.byte_products(&tile, &x, stride, &mut sums);
+                let mut sums = vec![1; n_tiles * n_tokens * TILE_ROWS];
+                let tokens = TokenCodes { codes: &x, stride, n_tokens };
+                kernels.byte_products(&tiles, steps, &tokens, &mut sums);
                 for (i, sum) in sums.iter().enumerate() {
-                    let (token, row) = (i / TILE_ROWS, i % TILE_ROWS);
+                    let (row, at) = (i % TILE_ROWS, i / TILE_ROWS);
+                    let (token, tile) = (at % n_tokens, at / n_tokens);
                     let expected: i64 = (0..4 * steps)
                         .map(|c| {
-                            let code = tile[c / 4 * STEP_BYTES + 4 * row + c % 4];
+                            let step = tile * steps + c / 4;
+                            let code = tiles[step * STEP_BYTES + 4 * row + c % 4];
                             i64::from(code) * i64::from(x[token * stride + c])
                         })
                         .sum();
