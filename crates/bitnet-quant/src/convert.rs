@@ -43,7 +43,7 @@ pub enum Target {
 }
 
 /// Names of targets, as [`Target::from_str`] takes them.
-const TARGETS: [(&str, Target); 8] = [
+const TARGETS: [(&str, Target); 9] = [
     ("hf", Target::Folder(ScaleUse::Multiply)),
     ("hf-divide", Target::Folder(ScaleUse::Divide)),
     ("i2_s", Target::Gguf(Packing::I2S(I2sLayout::Canonical128))),
@@ -52,6 +52,7 @@ const TARGETS: [(&str, Target); 8] = [
     ("q2_0", Target::Gguf(Packing::Q2_0)),
     ("pq2_0", Target::Gguf(Packing::Q2_0G128)),
     ("ptq1_0", Target::Gguf(Packing::Ptq1_0)),
+    ("tiles", Target::Gguf(Packing::Tiles)),
 ];
 
 /// Names of the formats embeddings can be written in.

@@ -2,7 +2,8 @@
 //! trits, trits as floats.
 
 use crate::error::{Error, Result};
-use bitnet_core::weights::{FloatRows, Scales, TernaryRows};
+use bitnet_core::weights::{FloatRows, FloatType, RoundedRows, Scales, TernaryRows};
+use bytes::Bytes;
 use std::sync::Arc;
 
 /// The order in which llama-family GGUF files keep the rows of each head of `q_proj` and `k_proj`:
@@ -161,6 +162,38 @@ impl TernaryRows for Rescaled {
 
     fn decode_row(&self, row: usize, out: &mut [u8]) {
         self.source.decode_row(row, out);
+    }
+
+    fn release(&self) {
+        self.source.release();
+    }
+}
+
+/// A head and the rounded copy that the file has of it.
+pub(crate) struct WithRounded {
+    pub(crate) source: Arc<dyn FloatRows>,
+    pub(crate) rounded: RoundedRows,
+}
+
+impl FloatRows for WithRounded {
+    fn rows(&self) -> usize {
+        self.source.rows()
+    }
+
+    fn cols(&self) -> usize {
+        self.source.cols()
+    }
+
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
+        self.source.decode_row(row, out);
+    }
+
+    fn raw(&self) -> Option<(FloatType, Bytes)> {
+        self.source.raw()
+    }
+
+    fn rounded(&self) -> Option<RoundedRows> {
+        Some(self.rounded.clone())
     }
 
     fn release(&self) {

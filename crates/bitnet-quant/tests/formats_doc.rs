@@ -21,5 +21,5 @@ fn pictures_in_the_documentation_are_those_of_the_source() {
             pictures += 1;
         }
     }
-    assert_eq!(pictures, 9, "one for each ternary layout, two for floats");
+    assert_eq!(pictures, 10, "one for each ternary layout, two for floats");
 }

@@ -94,6 +94,7 @@ fn every_value_and_tensor_type_comes_back() {
         packed(Packing::Q2_0G128),
         packed(Packing::Q1_0),
         packed(Packing::Ptq1_0),
+        packed(Packing::Tiles),
     ]
     .into_iter()
     .enumerate()

@@ -21,6 +21,7 @@ Forms:
   tq2_0   GGUF of llama.cpp, 2.06 bits a weight
   q2_0    GGUF of llama.cpp, 2 bits and a scale for each 64 weights
   pq2_0, ptq1_0   GGUF of PrismML's llama.cpp, scales for each 128 weights
+  tiles   GGUF for this program only, 1.6 bits a weight: starts at once, as it needs no repacking
 No ternary weight changes; nothing appears under its final name before it is complete.";
 
 /// Arguments of `bitnet convert`.

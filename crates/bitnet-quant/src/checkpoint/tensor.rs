@@ -46,7 +46,7 @@ pub struct TensorEntry {
 
 /// The formats weights can have, for messages.
 const SUPPORTED: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, I2_S, \
-                         TQ1_0, TQ2_0, Q2_0, Q1_0, PQ2_0, PTQ1_0, packed uint8";
+                         TQ1_0, TQ2_0, Q2_0, Q1_0, PQ2_0, PTQ1_0, TILES, packed uint8";
 
 impl Tensor {
     /// Whether the tensor can be what the model needs. The packed form of Hugging Face has room

@@ -4,11 +4,15 @@ use super::{Checkpoint, Kind, Tensor, shapes};
 use crate::absmean::{Absmean, StoredTernary};
 use crate::config::Architecture;
 use crate::error::{Error, Result};
+use crate::gguf::names::ROUNDED;
 use crate::hf::{Mode, ScaleUse};
 use crate::pack::{Packing, TernaryTensor};
-use crate::rows::{Dequantized, HeadOrder, ReorderedFloat, ReorderedTernary, Rescaled};
+use crate::rows::{
+    Dequantized, HeadOrder, ReorderedFloat, ReorderedTernary, Rescaled, WithRounded,
+};
 use bitnet_core::weights::{
-    ActivationQuant, FloatRows, LinearWeights, Matrix, NormWeights, Scales, TernaryRows,
+    ActivationQuant, FloatRows, LinearWeights, Matrix, NormWeights, RoundedRows, Scales,
+    TernaryRows,
 };
 use std::sync::Arc;
 
@@ -45,7 +49,21 @@ impl Checkpoint {
             }
             _ => tensor.float(&name, shape),
         };
-        table.map_err(|e| e.in_file(&tensor.file))
+        let source = table.map_err(|e| e.in_file(&tensor.file))?;
+        Ok(match self.rounded(path) {
+            Some(rounded) => Arc::new(WithRounded { source, rounded }),
+            None => source,
+        })
+    }
+
+    /// The rounded copy of a head, where the file has one.
+    fn rounded(&self, path: &str) -> Option<RoundedRows> {
+        let bytes = |suffix: &str| {
+            let tensor = self.parts.tensors.get(&format!("{path}.{suffix}"))?;
+            Some(tensor.bytes.as_bytes().clone())
+        };
+        let [codes, bounds] = ROUNDED;
+        Some(RoundedRows { codes: bytes(codes)?, bounds: bytes(bounds)? })
     }
 
     /// The numbers of the projection `path` as training starts from them: the floats a checkpoint

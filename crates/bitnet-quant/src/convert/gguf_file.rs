@@ -18,7 +18,9 @@ use crate::gguf::{Array, GgufFile, GgufWriter, Metadata, TensorSpec, TensorType,
 use crate::mapping::FileBytes;
 use crate::pack::Packing;
 use crate::rows::HeadOrder;
-use bitnet_core::weights::{ActivationQuant, Scales};
+use bitnet_core::kernels::TILE_ROWS;
+use bitnet_core::weights::{ActivationQuant, RoundedRows, Scales};
+use bytes::Bytes;
 use std::path::Path;
 
 /// The tensor of rotary divisors.
@@ -32,7 +34,11 @@ pub(super) fn write(
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
     let Some(ternary_type) = TensorType::of_packing(packing) else {
-        return Err(Error::unsupported("packing in GGUF", packing, "I2_S, TQ1_0, TQ2_0, Q2_0"));
+        return Err(Error::unsupported(
+            "packing in GGUF",
+            packing,
+            "I2_S, TQ1_0, TQ2_0, Q2_0, TILES",
+        ));
     };
     let mut file = NewFile::create(out, options.force)?;
     let config = source.checkpoint.config();
@@ -46,7 +52,9 @@ pub(super) fn write(
         metadata.set(ACTIVATION_GROUP_KEY, Value::U32(group));
     }
     let divisors = rope_freqs(config);
-    let specs = specs(&items, ternary_type, options, divisors.as_deref())?;
+    let mut specs = specs(&items, ternary_type, options, divisors.as_deref())?;
+    let rounded = rounded_head(source, packing, options)?;
+    specs.extend(rounded.iter().map(|(spec, _)| spec.clone()));
     let length = |spec: &TensorSpec| {
         let refuse =
             |error: Error| Error::does_not_fit(&spec.name, spec.tensor_type, error.to_string());
@@ -81,9 +89,44 @@ pub(super) fn write(
         writer.write_tensor(ROPE_FREQS, &f32_bytes(&divisors))?;
         meter.wrote(ROPE_FREQS, divisors.len() * 4);
     }
+    for (spec, bytes) in &rounded {
+        writer.write_tensor(&spec.name, bytes)?;
+        meter.wrote(&spec.name, bytes.len());
+    }
     writer.finish()?;
     file.commit()?;
     Ok(meter.report)
+}
+
+/// The tensors of the rounded copy of the head, where the file is to start without repacking.
+fn rounded_head(
+    source: &Source<'_>,
+    packing: Packing,
+    options: ConvertOptions,
+) -> Result<Vec<(TensorSpec, Bytes)>> {
+    // In another format the head would be another matrix, and this no copy of it.
+    if packing != Packing::Tiles || options.tables.is_some() {
+        return Ok(Vec::new());
+    }
+    let path = match source.checkpoint.config().tie_word_embeddings {
+        true => "model.embed_tokens",
+        false => "lm_head",
+    };
+    let head = source.checkpoint.table(path)?;
+    let rounded = bitnet_core::cpu::round_rows(&*head)
+        .map_err(|error| Error::does_not_fit(path, packing, error.to_string()))?;
+    let Some(RoundedRows { codes, bounds }) = rounded else { return Ok(Vec::new()) };
+    let rows = bounds.len() / 12;
+    let tensor = |suffix: &str, shape, tensor_type| -> Result<TensorSpec> {
+        let name = names::gguf(&format!("{path}.{suffix}"));
+        let name = name.ok_or_else(|| Error::does_not_fit(path, "GGUF", "it has no name there"))?;
+        Ok(TensorSpec { name, shape, tensor_type })
+    };
+    let [codes_name, bounds_name] = names::ROUNDED;
+    let n_tiles = rows / TILE_ROWS;
+    let codes_spec = tensor(codes_name, vec![n_tiles, codes.len() / n_tiles], TensorType::I8)?;
+    let bounds_spec = tensor(bounds_name, vec![rows, 3], TensorType::F32)?;
+    Ok(vec![(codes_spec, codes), (bounds_spec, bounds)])
 }
 
 fn f32_bytes(values: &[f32]) -> FileBytes {
@@ -161,6 +204,10 @@ fn metadata(source: &Source<'_>, packing: Packing, notes: &mut Vec<String>) -> R
     metadata.set("general.type", Value::String("model".into()));
     metadata.set("general.name", Value::String(config.name.clone()));
     metadata.set("general.quantization_version", Value::U32(2));
+    if packing == Packing::Tiles {
+        // A step of a tile is one line of the caches, if the tensor starts at one.
+        metadata.set("general.alignment", Value::U32(64));
+    }
     if let Some(file_type) = file_type(packing) {
         metadata.set("general.file_type", Value::U32(file_type));
     }

@@ -1,11 +1,20 @@
 //! Tensor names of GGUF and of Hugging Face checkpoints, in both directions.
 
 /// Tensors outside the layers.
-const WHOLE: [(&str, &str); 3] = [
+const WHOLE: [(&str, &str); 7] = [
     ("token_embd.weight", "model.embed_tokens.weight"),
     ("output_norm.weight", "model.norm.weight"),
     ("output.weight", "lm_head.weight"),
+    // Of files in this project's own packing: see [`ROUNDED`].
+    ("token_embd.rounded", "model.embed_tokens.rounded"),
+    ("token_embd.rounding", "model.embed_tokens.rounding"),
+    ("output.rounded", "lm_head.rounded"),
+    ("output.rounding", "lm_head.rounding"),
 ];
+
+/// Suffixes of the tensors that hold the rounded copy of a head: its codes and its bounds
+/// (`bitnet_core::weights::RoundedRows`).
+pub(crate) const ROUNDED: [&str; 2] = ["rounded", "rounding"];
 
 /// Modules of a layer: `blk.3.attn_q` is `model.layers.3.self_attn.q_proj`.
 const MODULES: [(&str, &str); 20] = [

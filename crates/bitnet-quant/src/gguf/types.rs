@@ -4,7 +4,7 @@
 //! [`TensorType`]. Knows no bytes: reading is in [`super::read`], writing in [`super::write`].
 
 use crate::error::{Error, Result};
-use crate::pack::{FloatFormat, I2sLayout, Packing, i2_s};
+use crate::pack::{FloatFormat, I2sLayout, Packing, i2_s, tiles};
 use bitnet_core::weights::FloatType;
 use std::fmt;
 use std::ops::Range;
@@ -60,10 +60,15 @@ impl TensorType {
     pub const F16: Self = Self(1);
     /// bfloat16.
     pub const BF16: Self = Self(30);
+    /// Bytes with a sign.
+    pub const I8: Self = Self(24);
     /// bitnet.cpp's ternary type.
     pub const I2_S: Self = Self(36);
     /// ggml's 2-bit type; its block is of 64 columns, in older PrismML files of 128.
     pub const Q2_0: Self = Self(42);
+
+    /// This project's own ternary type.
+    pub const TILES: Self = Self(1620);
 
     fn known(self) -> Option<&'static (u32, &'static str, usize, usize)> {
         TENSOR_TYPES.iter().find(|known| known.0 == self.0)
@@ -84,6 +89,7 @@ impl TensorType {
             41 => Packing::Q1_0,
             142 => Packing::Q2_0G128,
             143 => Packing::Ptq1_0,
+            1620 => Packing::Tiles,
             _ => return None,
         })
     }
@@ -98,6 +104,7 @@ impl TensorType {
             Packing::Q2_0 => 42,
             Packing::Q2_0G128 => 142,
             Packing::Ptq1_0 => 143,
+            Packing::Tiles => 1620,
             _ => return None,
         }))
     }
@@ -154,6 +161,13 @@ impl TensorType {
             }
             return Ok(n / 4 + i2_s::TAIL);
         }
+        if self == Self::TILES {
+            let cols = shape.last().copied().unwrap_or(1);
+            return n
+                .checked_div(cols)
+                .and_then(|rows| tiles::bytes(rows, cols))
+                .ok_or_else(too_large);
+        }
         let (block_cols, block_bytes) = block.or(self.block()).ok_or_else(|| self.unknown(what))?;
         if !shape.last().is_some_and(|cols| cols.is_multiple_of(block_cols)) {
             let expected = format!("columns divisible by {block_cols}");
@@ -181,6 +195,7 @@ impl fmt::Display for TensorType {
         match (*self, self.known()) {
             (Self::I2_S, _) => f.write_str("I2_S"),
             (Self::Q2_0, _) => f.write_str("Q2_0"),
+            (Self::TILES, _) => f.write_str("TILES"),
             (_, Some((_, name, ..))) => f.write_str(name),
             (Self(id), None) => write!(f, "type {id}"),
         }

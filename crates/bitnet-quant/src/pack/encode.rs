@@ -4,8 +4,9 @@
 //! changes them is reported. Runs on the threads of rayon.
 
 use super::block::{self, Block};
-use super::{Packing, hf_u8, i2_s, ptq1_0, q1_0, q2_0, tq1_0, tq2_0};
+use super::{Packing, hf_u8, i2_s, ptq1_0, q1_0, q2_0, tiles, tq1_0, tq2_0};
 use crate::error::{Error, Result};
+use bitnet_core::kernels::TILE_ROWS;
 use bitnet_core::weights::{Scales, TernaryRows};
 use rayon::prelude::*;
 
@@ -29,15 +30,21 @@ pub fn encode(packing: Packing, source: &dyn TernaryRows, what: &str) -> Result<
     let mut bytes = vec![0; len];
 
     let mut code_bytes = &mut bytes[..];
-    if let Packing::I2S(_) = packing {
+    let tail_bytes = match packing {
+        Packing::I2S(_) => i2_s::TAIL,
+        Packing::Tiles => tiles::TAIL,
+        _ => 0,
+    };
+    if tail_bytes > 0 {
         let tail;
-        (code_bytes, tail) = code_bytes.split_at_mut(len - i2_s::TAIL);
+        (code_bytes, tail) = code_bytes.split_at_mut(len - tail_bytes);
         tail[..4].copy_from_slice(&one_scale(source).map_err(does_not_fit)?.to_le_bytes());
     }
 
     // A unit is the least number of bytes that holds whole rows.
     let units = match packing {
         Packing::I2S(layout) => rows / layout.rows_together(),
+        Packing::Tiles => rows.div_ceil(TILE_ROWS),
         Packing::HfU8 => hf_u8::packed_rows(rows),
         _ => rows,
     };
@@ -71,6 +78,16 @@ fn encode_unit(
                 trits_of(source, row, codes)?;
                 layout.encode_row(row, codes, bytes);
             }
+            Ok(0.0)
+        }
+        Packing::Tiles => {
+            let rows = unit * TILE_ROWS..rows.min((unit + 1) * TILE_ROWS);
+            let cols = codes.len();
+            let mut all = vec![0; rows.len() * cols];
+            for (row, codes) in rows.zip(all.chunks_exact_mut(cols)) {
+                trits_of(source, row, codes)?;
+            }
+            tiles::encode_tile(&all, cols, bytes);
             Ok(0.0)
         }
         Packing::HfU8 => {

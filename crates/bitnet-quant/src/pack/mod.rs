@@ -15,6 +15,7 @@ pub mod kquant;
 pub mod ptq1_0;
 pub mod q1_0;
 pub mod q2_0;
+pub mod tiles;
 pub mod tq1_0;
 pub mod tq2_0;
 
@@ -27,7 +28,9 @@ pub use i2_s::I2sLayout;
 
 use crate::error::{Error, Result};
 use crate::mapping::FileBytes;
+use bitnet_core::kernels;
 use bitnet_core::weights::{Scales, TernaryRows};
+use bytes::Bytes;
 use std::fmt;
 
 /// Tensors of this many bytes are checked on several threads: those of rayon.
@@ -51,6 +54,8 @@ pub enum Packing {
     Q1_0,
     /// PrismML, base 3, a scale for 128 columns: [`ptq1_0`].
     Ptq1_0,
+    /// Ours, base 3, one scale, as the kernels read it: [`tiles`].
+    Tiles,
     /// Hugging Face, 2 bits, scales beside it: [`hf_u8`].
     HfU8,
 }
@@ -67,6 +72,7 @@ impl fmt::Display for Packing {
             Self::Q2_0G128 => "Q2_0 (groups of 128)",
             Self::Q1_0 => "Q1_0",
             Self::Ptq1_0 => "PTQ1_0",
+            Self::Tiles => "TILES",
             Self::HfU8 => "packed uint8",
         })
     }
@@ -87,7 +93,7 @@ impl Packing {
             Self::Q2_0G128 => (q2_0::COLS_G128, q2_0::BYTES_G128),
             Self::Q1_0 => (q1_0::COLS, q1_0::BYTES),
             Self::Ptq1_0 => (ptq1_0::COLS, ptq1_0::BYTES),
-            Self::I2S(_) | Self::HfU8 => return None,
+            Self::I2S(_) | Self::Tiles | Self::HfU8 => return None,
         })
     }
 
@@ -100,6 +106,7 @@ impl Packing {
                 layout.check_shape(what, rows, cols)?;
                 Ok(weights / 4 + i2_s::TAIL)
             }
+            Self::Tiles => tiles::bytes(rows, cols).ok_or_else(too_large),
             Self::HfU8 => Ok(hf_u8::packed_rows(rows) * cols),
             _ => {
                 // Every other packing has blocks.
@@ -144,6 +151,7 @@ impl TernaryTensor {
         check_len(what, packing, rows, cols, &bytes)?;
         let scales = match packing {
             Packing::I2S(_) => Scales::Tensor(i2_s::validate(what, &bytes)?),
+            Packing::Tiles => Scales::Tensor(tiles::validate(what, &bytes)?),
             Packing::Tq1_0 => block::read_scales::<tq1_0::Tq1_0, _, _>(what, &bytes, cols)?,
             Packing::Tq2_0 => block::read_scales::<tq2_0::Tq2_0, _, _>(what, &bytes, cols)?,
             Packing::Q2_0 => block::read_scales::<q2_0::Q2_0, _, _>(what, &bytes, cols)?,
@@ -216,8 +224,15 @@ impl TernaryRows for TernaryTensor {
             Packing::Q2_0G128 => block::decode_row::<q2_0::Q2_0G128, _, _>(bytes, row, out),
             Packing::Q1_0 => block::decode_row::<q1_0::Q1_0, _, _>(bytes, row, out),
             Packing::Ptq1_0 => block::decode_row::<ptq1_0::Ptq1_0, _, _>(bytes, row, out),
+            Packing::Tiles => tiles::decode_row(&bytes[..bytes.len() - tiles::TAIL], row, out),
             Packing::HfU8 => hf_u8::decode_row(bytes, self.rows, row, out),
         }
+    }
+
+    fn tiles(&self) -> Option<(kernels::Packing, Bytes)> {
+        let codes = ..self.bytes.len().saturating_sub(tiles::TAIL);
+        let is_tiles = self.packing == Packing::Tiles;
+        is_tiles.then(|| (kernels::Packing::Trits, self.bytes.slice(codes).as_bytes().clone()))
     }
 
     fn release(&self) {

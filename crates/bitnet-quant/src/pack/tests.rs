@@ -27,7 +27,7 @@ impl TernaryRows for Plain {
     }
 }
 
-const ALL: [Packing; 10] = [
+const ALL: [Packing; 11] = [
     Packing::I2S(I2sLayout::Canonical128),
     Packing::I2S(I2sLayout::Arm64),
     Packing::I2S(I2sLayout::FourRows),
@@ -37,6 +37,7 @@ const ALL: [Packing; 10] = [
     Packing::Q2_0G128,
     Packing::Q1_0,
     Packing::Ptq1_0,
+    Packing::Tiles,
     Packing::HfU8,
 ];
 
