@@ -113,7 +113,7 @@ pub fn check_ternary(weights: &dyn TernaryRows, activations: ActivationQuant) ->
 }
 
 /// Number format of a float matrix held as raw bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FloatType {
     /// IEEE single, 4 bytes.
     F32,

@@ -4,6 +4,8 @@
 //! a member of [`Device`], a line of [`find`] and a line of `open`.
 
 mod choice;
+#[cfg(all(test, feature = "wgpu"))]
+mod wgpu_tests;
 
 use bitnet_core::backend::{Backend, FoundDevice, KvSpec};
 use bitnet_core::cpu::CpuBackend;
@@ -134,7 +136,18 @@ fn find(device: Device) -> Result<FoundDevice, String> {
                 accelerates: true,
             })
         }
+        #[cfg(feature = "wgpu")]
+        Device::Wgpu => bitnet_wgpu::find().map_err(reason),
         other => Err(absent(other)),
+    }
+}
+
+/// What went wrong, without the name of the device, which the caller says.
+#[cfg(feature = "wgpu")]
+fn reason(error: bitnet_core::Error) -> String {
+    match error {
+        bitnet_core::Error::Device { reason, .. } => reason,
+        other => other.to_string(),
     }
 }
 
@@ -189,6 +202,12 @@ pub(crate) fn open(
         Device::Cpu => {
             let backend = CpuBackend::new(config.threads, config.kernel.as_deref())
                 .map_err(|e| InferenceError::device("cpu", e))?;
+            decoder(backend, source, placement, progress)
+        }
+        #[cfg(feature = "wgpu")]
+        Device::Wgpu => {
+            let backend = bitnet_wgpu::WgpuBackend::new();
+            let backend = backend.map_err(|e| InferenceError::device("wgpu", e))?;
             decoder(backend, source, placement, progress)
         }
         other => Err(InferenceError::Gpu { device: other.to_string(), reason: absent(other) }),

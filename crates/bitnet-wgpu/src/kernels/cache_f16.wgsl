@@ -1,0 +1,8 @@
+// A head in the cache: a word for each two features.
+
+const FEATURES: u32 = 2u; // of a word
+const HEADER: u32 = 0u;   // words before the features
+
+fn unpack_word(word: u32) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(word), 0.0, 0.0);
+}
