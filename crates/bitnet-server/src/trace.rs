@@ -44,7 +44,7 @@ pub(crate) fn generation(
     options: &GenerationOptions,
     n: usize,
 ) -> Span {
-    let span = tracing::info_span!(
+    tracing::info_span!(
         target: TARGET,
         "generation",
         "otel.name" = format!("{operation} {model}"),
@@ -61,8 +61,7 @@ pub(crate) fn generation(
         "gen_ai.usage.input_tokens" = Empty,
         "gen_ai.usage.output_tokens" = Empty,
         "error.type" = Empty,
-    );
-    span
+    )
 }
 
 /// An embedding of texts.
