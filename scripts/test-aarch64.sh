@@ -35,25 +35,6 @@ if [ -d "$(rustc --print sysroot)/lib/rustlib/$target" ]; then
     exec cargo "${arguments[@]}"
 fi
 
-source=${BITNET_STD_SOURCE:-}
-[ -n "$source" ] ||
-    skip "no standard library for $target: run 'rustup target add $target', or set BITNET_STD_SOURCE"
-nightly=$(rustc +nightly --version 2>/dev/null) || skip "there is no nightly toolchain"
-if [ -f "$source" ]; then
-    # Sources match within a minor version: 1.97.1 builds with a nightly 1.97.0.
-    wanted=$(sed -nE 's/.*[^0-9]([0-9]+\.[0-9]+)\.[0-9]+\.tar.*/\1/p' <<<"$source")
-    case $nightly in
-        "rustc $wanted."*) ;;
-        *) skip "the source is of $wanted, but the toolchain is $nightly" ;;
-    esac
-    folder=${CARGO_TARGET_DIR:-target}/std-source-$wanted
-    if [ ! -d "$folder/library" ]; then
-        mkdir -p "$folder"
-        tar -xf "$source" -C "$folder"
-    fi
-    source=$(realpath "$folder/library")
-fi
-[ -f "$source/std/Cargo.toml" ] || skip "$source is not the standard library's source"
-
-export __CARGO_TESTS_ONLY_SRC_ROOT=$source
+. scripts/std-source.sh
+std_source "$target"
 exec cargo +nightly "${arguments[@]}" -Zbuild-std=std,panic_unwind

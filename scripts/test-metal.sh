@@ -5,8 +5,7 @@
 #
 #   scripts/test-metal.sh [cargo test arguments]
 #
-# Needs clang++ 15 or later (Debian: clang-19). Without one it takes the compiler of the package
-# `ziglang` if that was installed (pip install ziglang); else it says so and skips. With
+# Needs clang++ 15 or later (Debian: clang-19); without one it says so and skips. With
 # BITNET_REQUIRE_METAL_TEST=1 that is an error. BITNET_CLANG names a compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,9 +21,6 @@ if [ -z "${BITNET_CLANG:-}" ]; then
             break
         fi
     done
-fi
-if [ -z "${BITNET_CLANG:-}" ] && python3 -c 'import ziglang' 2>/dev/null; then
-    BITNET_CLANG="python3 -m ziglang c++"
 fi
 if [ -z "${BITNET_CLANG:-}" ]; then
     echo "SKIPPED: the Metal kernels did not run: there is no clang++ 15 or later (Debian: clang-19)" >&2

@@ -138,12 +138,14 @@ fn find(device: Device) -> Result<FoundDevice, String> {
         }
         #[cfg(feature = "wgpu")]
         Device::Wgpu => bitnet_wgpu::find().map_err(reason),
+        #[cfg(all(feature = "metal", target_os = "macos"))]
+        Device::Metal => bitnet_metal::find().map_err(reason),
         other => Err(absent(other)),
     }
 }
 
 /// What went wrong, without the name of the device, which the caller says.
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", all(feature = "metal", target_os = "macos")))]
 fn reason(error: bitnet_core::Error) -> String {
     match error {
         bitnet_core::Error::Device { reason, .. } => reason,
@@ -208,6 +210,11 @@ pub(crate) fn open(
         Device::Wgpu => {
             let backend = bitnet_wgpu::WgpuBackend::new();
             let backend = backend.map_err(|e| InferenceError::device("wgpu", e))?;
+            decoder(backend, source, placement, progress)
+        }
+        #[cfg(all(feature = "metal", target_os = "macos"))]
+        Device::Metal => {
+            let backend = bitnet_metal::open().map_err(|e| InferenceError::device("metal", e))?;
             decoder(backend, source, placement, progress)
         }
         other => Err(InferenceError::Gpu { device: other.to_string(), reason: absent(other) }),

@@ -4,14 +4,15 @@
 //! Dispatches of one encoder may overlap except where one is to see what others wrote: a barrier
 //! stands there. Knows nothing of what kernels compute.
 
+use crate::backend::MetalBackend;
 use crate::driver::{Dispatch, Driver};
 use crate::kernels::{Kernel, source};
+use bitnet_core::backend::FoundDevice;
 use bitnet_core::memory::{
     BufferKind, Completion, CopySide, DeviceBufferHandle, DeviceMemory, MemoryProperties,
 };
 use bitnet_core::{Error, Result};
 use block2::RcBlock;
-use objc2::AnyThread;
 use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
 use objc2_foundation::{NSError, NSString};
@@ -159,6 +160,31 @@ fn outcome(command: &ProtocolObject<dyn MTLCommandBuffer>) -> Result<()> {
             None => error("a command buffer did not complete"),
         }),
     }
+}
+
+/// Looks for the system's Metal device.
+///
+/// # Errors
+/// [`Error::Device`] if there is none, or if it lacks what the kernels use.
+pub fn find() -> Result<FoundDevice> {
+    let device = default_device()?;
+    Ok(FoundDevice {
+        hardware: device.name().to_string(),
+        driver: None,
+        memory_bytes: Some(device.recommendedMaxWorkingSetSize()),
+        unified_memory: device.hasUnifiedMemory(),
+        accelerates: true,
+    })
+}
+
+/// A backend on the system's Metal device, which may hold as much as the system recommends.
+///
+/// # Errors
+/// As [`AppleDriver::new`] and [`MetalBackend::new`].
+pub fn open() -> Result<MetalBackend<AppleDriver>> {
+    let driver = AppleDriver::new()?;
+    let budget = driver.memory.device.recommendedMaxWorkingSetSize();
+    MetalBackend::new(driver, budget)
 }
 
 /// A Metal device and its queue.

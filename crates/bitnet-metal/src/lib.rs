@@ -20,7 +20,7 @@ mod products;
 mod step;
 
 #[cfg(target_os = "macos")]
-pub use apple::{AppleBuffer, AppleDriver, AppleMemory};
+pub use apple::{AppleBuffer, AppleDriver, AppleMemory, find, open};
 pub use backend::{Counters, MetalActivations, MetalBackend};
 pub use buffer::{MetalBuffer, MetalBufferPool};
 pub use driver::{Dispatch, Driver};

@@ -7,6 +7,8 @@
 #![cfg(unix)]
 
 mod conformance;
+mod faults;
 mod glue;
 mod model;
+mod oracle;
 mod simulator;

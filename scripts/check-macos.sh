@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Type-checks and lints, for aarch64-apple-darwin, the code that is built on macOS only: Metal's host
+# code and the engine's way to it. Nothing is linked, so no Mac and none of Apple's files are needed.
+#
+#   scripts/check-macos.sh
+#
+# Needs a standard library for the target: either `rustup target add aarch64-apple-darwin`, or
+# BITNET_STD_SOURCE, which is then built with -Zbuild-std (see scripts/std-source.sh). Where it is missing
+# the script says so and skips; with BITNET_REQUIRE_MACOS=1 that is an error.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=aarch64-apple-darwin
+
+skip() {
+    echo "SKIPPED: the code for macOS was not checked: $1" >&2
+    [ "${BITNET_REQUIRE_MACOS:-}" = 1 ] && exit 1
+    exit 0
+}
+
+arguments=(clippy -p bitnet-metal --lib --target "$target")
+lints=(-- -D warnings)
+
+if [ -d "$(rustc --print sysroot)/lib/rustlib/$target" ]; then
+    exec cargo "${arguments[@]}" "${lints[@]}"
+fi
+. scripts/std-source.sh
+std_source "$target"
+exec cargo +nightly "${arguments[@]}" -Zbuild-std=std,panic_unwind "${lints[@]}"
