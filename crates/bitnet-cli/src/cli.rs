@@ -59,6 +59,8 @@ pub(crate) enum Command {
     Train(Box<train::TrainArgs>),
     /// Train a model on, on new text or conversations
     Finetune(Box<train::FinetuneArgs>),
+    /// Make a ternary model of a float one, which teaches it
+    Distill(Box<train::DistillArgs>),
     /// Make a tokenizer
     Tokenizer(tokenizer::TokenizerArgs),
     /// Print a model's logits for given token ids

@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         Command::BenchServe(args) => commands::bench_serve::run(*args, &term),
         Command::Train(args) => commands::train::train(*args, &term),
         Command::Finetune(args) => commands::train::finetune(*args, &term),
+        Command::Distill(args) => commands::train::distill(*args, &term),
         Command::Tokenizer(args) => commands::tokenizer::run(args, &term),
         Command::Logits(args) => commands::logits::run(args, &term),
         Command::Devices(args) => commands::devices::run(args, &term),

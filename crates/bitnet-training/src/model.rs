@@ -204,7 +204,13 @@ impl Model {
             let data = match parameter.kind {
                 ParameterKind::Norm => checkpoint.norm(path)?.weight,
                 ParameterKind::Table => decode(&*checkpoint.table(path)?),
-                ParameterKind::Projection => decode(&*checkpoint.master(path)?),
+                ParameterKind::Projection => {
+                    let mut data = decode(&*checkpoint.master(path)?);
+                    if precision == Precision::Ternary {
+                        keep_scale(&mut data);
+                    }
+                    data
+                }
             };
             tensors.insert(parameter.name.clone(), (parameter.shape.clone(), data));
         }
@@ -251,6 +257,18 @@ impl Model {
     pub fn parameter_count(&self) -> usize {
         self.places.len
     }
+}
+
+/// Masters from trits: the mean of their magnitudes is to be what one trit was worth, so that
+/// quantizing gives the weights they came from. Other masters stay as they are.
+fn keep_scale(values: &mut [f32]) {
+    let Some(scale) = values.iter().map(|x| x.abs()).find(|&x| x > 0.0) else { return };
+    if values.iter().any(|x| x.abs() != scale && *x != 0.0) {
+        return;
+    }
+    let nonzero = values.iter().filter(|&&x| x != 0.0).count();
+    let larger = (values.len() as f64 / nonzero as f64) as f32;
+    values.iter_mut().for_each(|x| *x *= larger);
 }
 
 fn decode(rows: &dyn bitnet_core::weights::FloatRows) -> Vec<f32> {

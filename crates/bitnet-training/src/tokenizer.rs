@@ -260,7 +260,7 @@ mod tests {
     fn nonsense_is_refused_before_any_work() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("tok");
-        let mut train = |files: &[PathBuf], size| {
+        let train = |files: &[PathBuf], size| {
             let options = TokenizerOptions::new(size);
             train_tokenizer(files, &options, &out, true, &mut |_| true).unwrap_err().to_string()
         };

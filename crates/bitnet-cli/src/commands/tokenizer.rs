@@ -7,7 +7,7 @@ use bitnet_training::tokenizer::{END_OF_TEXT, TokenizerOptions, train_tokenizer}
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use crate::exit::Outcome;
+use crate::exit::{Outcome, Usage};
 use crate::interrupt::Interrupt;
 use crate::term::{Term, Unit, bytes, count};
 
@@ -82,6 +82,9 @@ pub(crate) fn run(args: TokenizerArgs, term: &Term) -> anyhow::Result<Outcome> {
     bar.finish_and_clear();
     let trained = match result {
         Err(bitnet_training::Error::Stopped) => return Ok(Outcome::Interrupted),
+        Err(error @ bitnet_training::Error::Input { .. }) => {
+            return Err(Usage::error(error.to_string()));
+        }
         trained => trained?,
     };
     if trained.vocab_size < options.vocab_size {

@@ -1,4 +1,4 @@
-//! `bitnet train` and `bitnet finetune`: ternary models of one's own.
+//! `bitnet train`, `bitnet finetune` and `bitnet distill`: ternary models of one's own.
 //!
 //! The recipe comes from a file, from flags, or from both; `recipe` puts them together, `watch` shows
 //! how it goes.
@@ -9,7 +9,8 @@ mod watch;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use bitnet_training::recipe::Recipe;
+use bitnet_training::Error;
+use bitnet_training::recipe::{DistillRecipe, Recipe};
 use bitnet_training::run::{Place, Report, run as run_recipe};
 use clap::Args;
 use serde_json::json;
@@ -40,6 +41,16 @@ Lines of a .jsonl file are {\"text\": …} or {\"messages\": [{\"role\": \"user\
 conversations only the assistant's messages are learnt. Float masters (--export masters) lose nothing;
 a packed model starts from its trits.";
 
+const DISTILL_EXAMPLES: &str = "\
+Examples:
+  bitnet distill llama/ tales.txt --out runs/student --tokens 10000000 --eval held-out.txt
+  bitnet distill llama/ tales.txt --out runs/plain --steps 1000 --no-sub-norms --attention 0
+
+The student has the teacher's shape, tokenizer and numbers, with norms put before the output and down
+projections. It learns the text, the teacher's distribution of each next token, and how the teacher's
+queries, keys and values relate in one layer (BitDistill). The teacher is a float model of the family
+llama; `bitnet train --float --family llama` makes one.";
+
 /// Arguments of `bitnet train`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -50,6 +61,9 @@ pub(crate) struct TrainArgs {
     /// A model to go on from instead of random weights
     #[arg(long, value_name = "MODEL", conflicts_with = "preset")]
     from: Option<PathBuf>,
+    /// Train float weights, not ternary ones: a teacher for bitnet distill
+    #[arg(long)]
+    float: bool,
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
@@ -71,6 +85,48 @@ pub(crate) struct FinetuneArgs {
     run: RunArgs,
 }
 
+/// Arguments of `bitnet distill`.
+#[derive(Debug, Args)]
+#[command(after_help = DISTILL_EXAMPLES)]
+pub(crate) struct DistillArgs {
+    /// The float model to learn from
+    #[arg(value_name = "TEACHER")]
+    teacher: PathBuf,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    parts: PartsArgs,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// What a student learns from its teacher.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Distillation")]
+struct PartsArgs {
+    /// Do not put norms before the output and down projections: the student stays a llama
+    #[arg(long)]
+    no_sub_norms: bool,
+    /// Share of the text's next token in the loss [default: 1]
+    #[arg(long, value_name = "X")]
+    token: Option<f32>,
+    /// Share of the teacher's distribution [default: 1]
+    #[arg(long, value_name = "X")]
+    logits: Option<f32>,
+    /// What divides logits before they are compared [default: 2]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Share of the relations of queries, keys and values [default: 1]
+    #[arg(long, value_name = "X")]
+    attention: Option<f32>,
+    /// Layer whose relations are compared, from 0 [default: the last but one]
+    #[arg(long, value_name = "N")]
+    layer: Option<usize>,
+}
+
+/// Highest learning rate of a distillation, unless one is given.
+const DISTILL_RATE: f64 = 1e-3;
+
 /// Highest learning rate of a fine-tuning, unless one is given.
 const FINETUNE_RATE: f64 = 3e-4;
 
@@ -82,6 +138,7 @@ pub(crate) fn train(args: TrainArgs, term: &Term) -> anyhow::Result<Outcome> {
     if args.from.is_some() {
         recipe.from = args.from;
     }
+    recipe.train.float |= args.float;
     args.run.apply(&mut recipe)?;
     go(&recipe, &args.run, term)
 }
@@ -92,6 +149,24 @@ pub(crate) fn finetune(args: FinetuneArgs, term: &Term) -> anyhow::Result<Outcom
     recipe.train.rate = FINETUNE_RATE;
     args.data.apply(&mut recipe);
     recipe.from = Some(args.from);
+    args.run.apply(&mut recipe)?;
+    go(&recipe, &args.run, term)
+}
+
+/// Makes a ternary student of a float teacher.
+pub(crate) fn distill(args: DistillArgs, term: &Term) -> anyhow::Result<Outcome> {
+    let mut recipe = args.run.begin(None)?;
+    recipe.train.rate = DISTILL_RATE;
+    args.data.apply(&mut recipe);
+    let mut distill = DistillRecipe::new(args.teacher);
+    let parts = args.parts;
+    distill.sub_norms = !parts.no_sub_norms;
+    distill.token = parts.token.unwrap_or(distill.token);
+    distill.logits = parts.logits.unwrap_or(distill.logits);
+    distill.temperature = parts.temperature.unwrap_or(distill.temperature);
+    distill.attention = parts.attention.unwrap_or(distill.attention);
+    distill.layer = parts.layer;
+    recipe.distill = Some(distill);
     args.run.apply(&mut recipe)?;
     go(&recipe, &args.run, term)
 }
@@ -107,15 +182,20 @@ fn go(recipe: &Recipe, args: &RunArgs, term: &Term) -> anyhow::Result<Outcome> {
     });
     watch.finish();
     match result {
-        Err(bitnet_training::Error::Stopped) => Ok(Outcome::Interrupted),
-        Err(
-            error @ (bitnet_training::Error::Setting { .. } | bitnet_training::Error::Input { .. }),
-        ) => Err(Usage::error(error.to_string())),
-        Err(error) => Err(error.into()),
+        Err(Error::Stopped) => Ok(Outcome::Interrupted),
+        Err(error) => Err(as_usage(error)),
         Ok(report) => {
             print(&report, args, term)?;
             Ok(if report.stopped { Outcome::Interrupted } else { Outcome::Done })
         }
+    }
+}
+
+/// Settings and data that cannot be meant are a wrong use, not a failure.
+fn as_usage(error: Error) -> anyhow::Error {
+    match error {
+        Error::Setting { .. } | Error::Input { .. } => Usage::error(error.to_string()),
+        error => error.into(),
     }
 }
 

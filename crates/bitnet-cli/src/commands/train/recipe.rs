@@ -92,7 +92,7 @@ pub(super) struct RunArgs {
     /// Batches that make a step [default: 1]
     #[arg(long, value_name = "N")]
     accumulate: Option<usize>,
-    /// Highest learning rate [default: 0.003; 0.0003 for finetune]
+    /// Highest learning rate [default: 0.003; finetune 0.0003, distill 0.001]
     #[arg(long, value_name = "X")]
     rate: Option<f64>,
     /// How the rate changes: two-stage, trapezoid or cosine [default: two-stage]
@@ -140,8 +140,8 @@ impl RunArgs {
     pub(super) fn begin(&self, config: Option<&Path>) -> anyhow::Result<Recipe> {
         let own = self.out.join("recipe.toml");
         match (config, self.resume) {
-            (Some(config), _) => Ok(Recipe::read(config)?),
-            (None, true) if own.exists() => Ok(Recipe::read(own)?),
+            (Some(config), _) => Recipe::read(config).map_err(super::as_usage),
+            (None, true) if own.exists() => Recipe::read(own).map_err(super::as_usage),
             (None, true) => {
                 let folder = self.out.display();
                 Err(Usage::error(format!("--resume: {folder} holds no run")))
