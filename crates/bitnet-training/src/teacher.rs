@@ -260,7 +260,15 @@ mod tests {
             num_key_value_heads: Some(2),
             ..Default::default()
         };
-        Model::new(recipe.config("t", 50, 16).unwrap(), Precision::Float, seed).unwrap()
+        let model =
+            Model::new(recipe.config("t", 50, 16).unwrap(), Precision::Float, seed).unwrap();
+        // Larger weights than new ones, or there would be nothing to teach.
+        let louder = |values: &[f32]| values.iter().map(|x| x * 8.0).collect();
+        let tensors = model
+            .named_parameters()
+            .map(|(p, values)| (p.name.clone(), (p.shape.clone(), louder(values))))
+            .collect();
+        Model::from_tensors(model.config().clone(), Precision::Float, &tensors).unwrap()
     }
 
     fn options() -> TrainOptions {
@@ -276,7 +284,7 @@ mod tests {
 
     fn teacher(attention: f32) -> Teacher {
         let parts =
-            DistillOptions { token: 0.5, logits: 2.0, temperature: 3.0, attention, layer: Some(1) };
+            DistillOptions { token: 0.0, logits: 2.0, temperature: 3.0, attention, layer: Some(1) };
         let mut teacher = Teacher::new(float_model(1), parts, options()).unwrap();
         teacher.look(&[batch()]).unwrap();
         teacher

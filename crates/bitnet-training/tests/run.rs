@@ -263,7 +263,7 @@ fn what_is_wrong_is_said_before_the_first_step() {
         ("broken.jsonl, line 1", Box::new(file(&broken))),
         ("gone.txt: cannot open", Box::new(file(&folder.path().join("gone.txt")))),
         ("model.num_attention_heads", Box::new(|r| r.model.num_attention_heads = Some(7))),
-        ("expected at least the 320 tokens", Box::new(|r| r.model.vocab_size = Some(300))),
+        ("tokens of the tokenizer, got 280", Box::new(|r| r.model.vocab_size = Some(280))),
         ("train.rows", Box::new(|r| r.train.rows = 0)),
         ("stage 1: expected weights above 0", Box::new(|r| r.stage[0].mix[0].weight = -1.0)),
         (

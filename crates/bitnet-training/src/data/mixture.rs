@@ -155,7 +155,8 @@ impl Mixture {
         self.state.dealt[next] += 1;
         let corpus = shares[next].corpus;
         let windows = &self.corpora[corpus].windows;
-        for _ in 0..windows.per_epoch() {
+        // Each epoch has its own order: the next window that counts may be almost two of them away.
+        for _ in 0..2 * windows.per_epoch() {
             let (before, flags) = (ids.len(), counted.len());
             let index = self.state.used[corpus];
             self.state.used[corpus] += 1;

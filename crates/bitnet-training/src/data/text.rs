@@ -246,11 +246,11 @@ fn is_seam(before: &str, after: &str) -> bool {
         && after.chars().next().is_some_and(|c| !c.is_whitespace())
 }
 
-/// The whole text of a plain file, `.xz` or not, for evaluation.
+/// The whole text of a plain file, `.xz` or not, for evaluation; without the lines that are `separator`.
 ///
 /// # Errors
 /// A file that cannot be read, is no UTF-8, or is longer than `limit` bytes.
-pub fn open_text(path: impl AsRef<Path>, limit: u64) -> Result<String> {
+pub fn open_text(path: impl AsRef<Path>, separator: &str, limit: u64) -> Result<String> {
     let path = path.as_ref();
     let (source, _) = open_unpacked(path)?;
     let mut bytes = Vec::new();
@@ -262,10 +262,12 @@ pub fn open_text(path: impl AsRef<Path>, limit: u64) -> Result<String> {
         let expected = format!("at most {} MiB of text", limit >> 20);
         return Err(Error::input(path.display().to_string(), expected, "more"));
     }
-    String::from_utf8(bytes).map_err(|error| {
+    let text = String::from_utf8(bytes).map_err(|error| {
         let got = format!("an invalid byte at {}", error.utf8_error().valid_up_to());
         Error::input(path.display().to_string(), "UTF-8 text", got)
-    })
+    })?;
+    let lines = text.split_inclusive('\n').filter(|line| line.trim_end() != separator);
+    Ok(lines.collect())
 }
 
 fn format_of(path: &Path) -> Result<(Format, bool)> {
@@ -409,7 +411,7 @@ mod tests {
         let reader = DocumentReader::open(&path, Some("<|end|>")).unwrap();
         let items: Result<Vec<Item>> = reader.collect();
         assert_eq!(items.unwrap(), [text("one", true), text("two", true)]);
-        assert_eq!(open_text(&path, 100).unwrap(), "one\n<|end|>\ntwo\n");
-        assert!(open_text(&path, 5).is_err());
+        assert_eq!(open_text(&path, "<|end|>", 100).unwrap(), "one\ntwo\n");
+        assert!(open_text(&path, "", 5).is_err());
     }
 }

@@ -65,8 +65,8 @@ impl Run {
         };
         // Whose text and shape the model has, unless it is new.
         let origin = from.as_ref().or(teacher.as_ref().map(|(opened, ..)| opened));
-        let eval_text =
-            recipe.eval.text.as_ref().map(|path| open_text(path, LONGEST_EVAL)).transpose()?;
+        let read = |path| open_text(path, recipe.separator(), LONGEST_EVAL);
+        let eval_text = recipe.eval.text.as_ref().map(read).transpose()?;
         text_folder(recipe, origin, &folder.join(TEXT), hear)?;
         let encoder = Encoder::new(&TextAssets::from_folder(folder.join(TEXT))?)?;
         let mut config = config(recipe, origin, &name(recipe, folder), &encoder)?;
