@@ -8,7 +8,7 @@ cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bitnet-tests}
 python=${BITNET_TEST_PYTHON:-$cache/python/bin/python}
 if [ ! -e "$python" ]; then
     python3 -m venv "$cache/python"
-    "$python" -m pip install -q torch transformers gguf safetensors tokenizers numpy jinja2
+    "$python" -m pip install -q torch transformers accelerate gguf safetensors tokenizers numpy jinja2
 fi
 BITNET_TEST_PYTHON=$python cargo test -p bitnet-quant -- --ignored python
 

@@ -102,11 +102,19 @@ fn an_absent_gpu_is_a_warning_or_an_error() {
 fn the_model_describes_itself_as_its_file_does() {
     let model = builtin(&engine());
     assert_eq!(model.get_model_id(), "builtin");
-    assert_eq!(model.get_input_dim(), 256);
-    assert_eq!(model.get_output_dim(), 4096);
-    // 4 layers of (2·256² + 2·128·256 + 3·256·768) ternary, 4096·256 embedding, and the norms.
-    let per_layer = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 768 + 3 * 256 + 768;
-    assert_eq!(model.get_total_weight_count(), 4 * per_layer + 4096 * 256 + 256);
+    let config: serde_json::Value =
+        serde_json::from_slice(include_bytes!("../builtin/config.json")).unwrap();
+    let size = |name: &str| config[name].as_u64().unwrap();
+    let (hidden, ffn) = (size("hidden_size"), size("intermediate_size"));
+    let head_dim = config["head_dim"].as_u64().unwrap_or(hidden / size("num_attention_heads"));
+    let kv_width = size("num_key_value_heads") * head_dim;
+    assert_eq!(model.get_input_dim() as u64, hidden);
+    assert_eq!(model.get_output_dim() as u64, size("vocab_size"));
+    // Ternary q and o, k and v, gate, up and down; four norms; the embedding and the last norm.
+    let ternary = 2 * hidden * hidden + 2 * kv_width * hidden + 3 * hidden * ffn;
+    let per_layer = ternary + 3 * hidden + ffn;
+    let all = size("num_hidden_layers") * per_layer + size("vocab_size") * hidden + hidden;
+    assert_eq!(model.get_total_weight_count(), all);
 }
 
 #[test]
