@@ -37,8 +37,8 @@ fn from_text_to_a_model_that_runs() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (corpus, tok, out) = (corpus.to_str().unwrap(), path("tok"), path("run"));
     let made =
-        json(&["tokenizer", "train", corpus, "--out", &tok, "--vocab-size", "300", "--json"]);
-    assert_eq!(made["vocab_size"], 300);
+        json(&["tokenizer", "train", corpus, "--out", &tok, "--vocab-size", "280", "--json"]);
+    assert_eq!(made["vocab_size"], 280);
 
     let mut args = vec!["train", corpus, "--out", &out, "--tokenizer", &tok, "--steps", "30"];
     args.extend(SMALL);
