@@ -59,12 +59,12 @@ impl DeviceMemory for Numbers {
 #[test]
 fn a_budget_holds_between_threads() {
     loom::model(|| {
-        let pool = EnhancedMemoryPool::new(NUMBERS, 100);
+        let pool = EnhancedMemoryPool::new(NUMBERS, 128);
         let take = |pool: EnhancedMemoryPool<Numbers>| {
-            let region = pool.take(100, AccessPattern::Activations);
-            assert!(pool.stats().allocated_bytes <= 100);
+            let region = pool.take(128, AccessPattern::Activations);
+            assert!(pool.stats().allocated_bytes <= 128);
             match region {
-                Ok(region) => assert_eq!(region.bytes(), 100),
+                Ok(region) => assert_eq!(region.bytes(), 128),
                 Err(error) => assert!(matches!(error, Error::OutOfMemory { .. })),
             }
         };
@@ -74,7 +74,7 @@ fn a_budget_holds_between_threads() {
         thread.join().unwrap();
         let stats = pool.stats();
         assert_eq!((stats.active_regions, stats.active_bytes), (0, 0));
-        assert_eq!(pool.take(100, AccessPattern::Activations).unwrap().bytes(), 100);
+        assert_eq!(pool.take(128, AccessPattern::Activations).unwrap().bytes(), 128);
     });
 }
 

@@ -4,6 +4,8 @@
 //! a member of [`Device`], a line of [`find`] and a line of `open`.
 
 mod choice;
+#[cfg(all(test, feature = "mlx"))]
+mod mlx_tests;
 #[cfg(all(test, feature = "wgpu"))]
 mod wgpu_tests;
 
@@ -140,12 +142,14 @@ fn find(device: Device) -> Result<FoundDevice, String> {
         Device::Wgpu => bitnet_wgpu::find().map_err(reason),
         #[cfg(all(feature = "metal", target_os = "macos"))]
         Device::Metal => bitnet_metal::find().map_err(reason),
+        #[cfg(feature = "mlx")]
+        Device::Mlx => bitnet_mlx::find().map_err(reason),
         other => Err(absent(other)),
     }
 }
 
 /// What went wrong, without the name of the device, which the caller says.
-#[cfg(any(feature = "wgpu", all(feature = "metal", target_os = "macos")))]
+#[cfg(any(feature = "mlx", feature = "wgpu", all(feature = "metal", target_os = "macos")))]
 fn reason(error: bitnet_core::Error) -> String {
     match error {
         bitnet_core::Error::Device { reason, .. } => reason,
@@ -215,6 +219,12 @@ pub(crate) fn open(
         #[cfg(all(feature = "metal", target_os = "macos"))]
         Device::Metal => {
             let backend = bitnet_metal::open().map_err(|e| InferenceError::device("metal", e))?;
+            decoder(backend, source, placement, progress)
+        }
+        #[cfg(feature = "mlx")]
+        Device::Mlx => {
+            let backend = bitnet_mlx::MlxBackend::new();
+            let backend = backend.map_err(|e| InferenceError::device("mlx", e))?;
             decoder(backend, source, placement, progress)
         }
         other => Err(InferenceError::Gpu { device: other.to_string(), reason: absent(other) }),

@@ -146,30 +146,17 @@ fn sizes(values: &[usize]) -> Result<Vec<c_int>> {
 
 impl Ops {
     /// A copy of `values` with this shape.
-    pub(crate) fn from_floats(&self, values: &[f32], shape: &[usize]) -> Result<Array> {
-        self.from_data(values.as_ptr().cast(), values.len(), shape, dtype::F32)
-    }
-
-    fn from_data(
-        &self,
-        data: *const c_void,
-        len: usize,
-        shape: &[usize],
-        dtype: c_int,
-    ) -> Result<Array> {
-        if shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size)) != Some(len) {
-            return Err(Error::shape("array", format!("{shape:?}"), format!("{len} numbers")));
+    pub(crate) fn floats(&self, values: &[f32], shape: &[usize]) -> Result<Array> {
+        if shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size)) != Some(values.len()) {
+            let got = format!("{} numbers", values.len());
+            return Err(Error::shape("array", format!("{shape:?}"), got));
         }
         let shape = sizes(shape)?;
-        // SAFETY: `data` holds as many numbers of this type as the shape says; they are copied.
-        let raw = unsafe {
-            (self.mlx.functions.mlx_array_new_data)(
-                data,
-                shape.as_ptr(),
-                shape.len() as c_int,
-                dtype,
-            )
-        };
+        let data = values.as_ptr().cast::<c_void>();
+        let (axes, dtype) = (shape.len() as c_int, dtype::F32);
+        // SAFETY: `values` holds as many numbers of this type as the shape says; they are copied.
+        let raw =
+            unsafe { (self.mlx.functions.mlx_array_new_data)(data, shape.as_ptr(), axes, dtype) };
         match raw.0.is_null() {
             true => Err(self.mlx.null_error("mlx_array_new_data")),
             false => Ok(Array { mlx: self.mlx, raw }),
@@ -305,7 +292,7 @@ impl Ops {
             return Ok(a.clone());
         }
         let (axis, low, high) = (sizes(&[shape.len() - 1])?, sizes(&[0])?, sizes(&[size - last])?);
-        let zero = self.from_floats(&[0.0], &[])?;
+        let zero = self.floats(&[0.0], &[])?;
         let (axis, low, high) = (axis.as_ptr(), low.as_ptr(), high.as_ptr());
         node!(self, mlx_pad(a.raw, axis, 1, low, 1, high, 1, zero.raw, c"constant".as_ptr()))
     }
@@ -433,5 +420,62 @@ impl Drop for Vector {
     fn drop(&mut self) {
         // SAFETY: the list is this value's own and is freed once.
         unsafe { (self.1.functions.mlx_vector_array_free)(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn ops() -> Ops {
+        let mlx = Mlx::get().unwrap();
+        Ops { mlx, device: Arc::new(Device::best(mlx).unwrap()) }
+    }
+
+    #[test]
+    #[ignore = "needs mlx-c: scripts/test-mlx.sh"]
+    fn failures_of_the_library_are_errors() {
+        let ops = ops();
+        let array = ops.floats(&[1.0, 2.0, 3.0], &[3]).unwrap();
+        match ops.reshape(&array, &[2, 2]).err() {
+            Some(Error::Device { device, reason }) => {
+                assert_eq!(device, "mlx");
+                assert!(reason.contains("reshape"), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+        let wide = ops.floats(&[0.0; 8], &[2, 4]).unwrap();
+        assert!(ops.matmul(&wide, &wide).is_err());
+        assert!(ops.floats(&[1.0], &[2]).is_err());
+        assert!(ops.zeros(&[usize::MAX], dtype::F32).is_err());
+        // And the library goes on.
+        let sum = ops.add(&array, &array).unwrap();
+        ops.evaluate(&[&sum]).unwrap();
+        let mut out = Vec::new();
+        ops.copy_out(&sum, &mut out).unwrap();
+        assert_eq!(out, [2.0, 4.0, 6.0]);
+        assert!(sum.words().is_err(), "these are not words");
+    }
+
+    #[test]
+    #[ignore = "needs mlx-c: scripts/test-mlx.sh"]
+    fn updates_are_made_in_place_where_nobody_else_looks() {
+        let ops = ops();
+        let slots = ops.contiguous(&ops.zeros(&[4, 1, 2], dtype::F32).unwrap()).unwrap();
+        ops.evaluate(&[&slots]).unwrap();
+        let address = |array: &Array| {
+            // SAFETY: the array is live and evaluated; the address is only compared.
+            unsafe { (ops.mlx.functions.mlx_array_data_float32)(array.raw) }
+        };
+        let before = address(&slots);
+        let index = ops.cast(&ops.floats(&[2.0], &[1]).unwrap(), dtype::I32).unwrap();
+        let update = ops.floats(&[5.0, 6.0], &[1, 1, 1, 2]).unwrap();
+        let slots = ops.scatter_rows(slots, &index, &update).unwrap();
+        ops.evaluate(&[&slots]).unwrap();
+        assert_eq!(address(&slots), before, "the cache was not copied");
+        let mut out = Vec::new();
+        ops.copy_out(&slots, &mut out).unwrap();
+        assert_eq!(out, [0.0, 0.0, 0.0, 0.0, 5.0, 6.0, 0.0, 0.0]);
     }
 }

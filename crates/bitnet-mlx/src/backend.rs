@@ -3,16 +3,17 @@
 use crate::array::{Array, Ops};
 use crate::fused::Fused;
 use crate::kv::MlxKv;
-use crate::library::{Device, Mlx};
+use crate::library::{Device, Mlx, device_error};
 use crate::linear::{MlxLinear, MlxNorm, MlxTable, Prepared, Units};
-use crate::memory::{MlxMemory, Placed, Pool};
+use crate::memory::{Memory, MlxMemory, Placed};
 use crate::step::Step;
 use bitnet_core::backend::{
     Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, TableRole,
 };
-use bitnet_core::memory::{AccessPattern, EnhancedMemoryPool, MemoryStats};
+use bitnet_core::memory::{AccessPattern, EnhancedMemoryPool, GPUMemoryManager, MemoryStats};
 use bitnet_core::weights::{FloatRows, LinearWeights, NormWeights};
 use bitnet_core::{Error, Result};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,11 +21,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// it does on a GPU and does not on a CPU, where its compiler takes seconds.
 pub const COMPILE_VARIABLE: &str = "BITNET_MLX_COMPILE";
 
+/// The environment variable that names a file for what the pool was asked for: written when the
+/// backend goes, as the text of an [`AllocationTrace`](bitnet_core::memory::AllocationTrace).
+pub const TRACE_VARIABLE: &str = "BITNET_MLX_TRACE";
+
 /// MLX as a device.
 pub struct MlxBackend {
     ops: Ops,
     fused: Fused,
-    pool: Pool,
+    memory: Memory,
     units: Units,
     step: Step,
     /// What must have been computed when the step ends: caches, by the count of stores, and the
@@ -32,7 +37,10 @@ pub struct MlxBackend {
     pending: Vec<(u64, Array)>,
     next_buffer: u64,
     accounts: Arc<Accounts>,
-    evaluations: u64,
+    evaluations: Arc<AtomicU64>,
+    /// Whether a step could not be computed: graphs may be left that point to its indices.
+    failed: bool,
+    trace: Option<PathBuf>,
 }
 
 /// Bytes promised to caches and buffers, which MLX allocates itself.
@@ -131,32 +139,39 @@ impl MlxBackend {
         let device = Arc::new(Device::best(mlx)?);
         let compile = compile.unwrap_or(device.is_gpu);
         let ops = Ops { mlx, device };
+        let pool = EnhancedMemoryPool::new(MlxMemory::new(ops.clone()), u64::MAX);
+        let trace = std::env::var_os(TRACE_VARIABLE).filter(|path| !path.is_empty());
+        if trace.is_some() {
+            pool.start_recording();
+        }
         Ok(Self {
             fused: Fused::new(&ops, compile)?,
-            pool: EnhancedMemoryPool::new(MlxMemory::new(ops.clone()), u64::MAX),
+            memory: GPUMemoryManager::over(pool),
+            failed: false,
+            trace: trace.map(PathBuf::from),
             units: Units::default(),
             step: Step::default(),
             pending: Vec::new(),
             next_buffer: 0,
             accounts: Arc::default(),
-            evaluations: 0,
+            evaluations: Arc::default(),
             ops,
         })
     }
 
-    /// How often a graph was given to the device to compute.
-    pub fn evaluations(&self) -> u64 {
-        self.evaluations
+    /// Counts how often a graph is given to the device to compute.
+    pub fn evaluations(&self) -> Arc<AtomicU64> {
+        self.evaluations.clone()
     }
 
     /// The pool its weights and indices lie in.
     pub fn pool(&self) -> &EnhancedMemoryPool<MlxMemory> {
-        &self.pool
+        self.memory.pool()
     }
 
-    /// What the pool has done.
+    /// What the pool has done, and what went to the device and back.
     pub fn memory_stats(&self) -> MemoryStats {
-        self.pool.stats()
+        self.memory.stats()
     }
 
     /// Sets the value of a buffer, to be computed with the step.
@@ -179,8 +194,10 @@ impl MlxBackend {
             return Ok(());
         }
         let arrays: Vec<&Array> = pending.iter().map(|(_, array)| array).chain(with).collect();
-        self.evaluations += 1;
-        self.ops.evaluate(&arrays)
+        self.evaluations.fetch_add(1, Ordering::Relaxed);
+        let result = self.ops.evaluate(&arrays);
+        self.failed |= result.is_err();
+        result
     }
 
     /// Outputs of projections that share an input.
@@ -238,12 +255,21 @@ impl MlxBackend {
             }
             x = norm.apply(&self.ops, &x)?;
         }
-        let positions = self.step.positions(&self.ops, &self.pool)?.array();
+        let positions = self.step.positions(&self.ops, &self.memory)?.array();
         x = self.ops.rope(&x, dim, positions, rope.periods.array())?;
         if let Some(magnitude) = &rope.magnitude {
             x = self.ops.multiply(&x, magnitude.array())?;
         }
         self.ops.reshape(&x, &[rows, width / dim, dim])
+    }
+}
+
+impl Drop for MlxBackend {
+    fn drop(&mut self) {
+        if let (Some(path), Some(trace)) = (&self.trace, self.memory.pool().stop_recording()) {
+            // Nobody is left to hear that a file could not be written; it is then not there.
+            let _ = std::fs::write(path, trace.to_string());
+        }
     }
 }
 
@@ -268,7 +294,7 @@ impl Backend for MlxBackend {
     }
 
     fn memory(&self) -> MemoryUsage {
-        let pool = |pattern| self.pool.active_bytes(pattern);
+        let pool = |pattern| self.memory.pool().active_bytes(pattern);
         MemoryUsage {
             weights: pool(AccessPattern::Weights),
             kv_cache: self.accounts.kv_cache.load(Ordering::Relaxed),
@@ -278,15 +304,15 @@ impl Backend for MlxBackend {
     }
 
     fn linear(&mut self, weights: &LinearWeights) -> Result<MlxLinear> {
-        MlxLinear::new(&self.ops, &self.pool, &mut self.units, weights)
+        MlxLinear::new(&self.ops, self.memory.pool(), &mut self.units, weights)
     }
 
     fn norm(&mut self, weights: &NormWeights) -> Result<MlxNorm> {
-        MlxNorm::new(&self.ops, &self.pool, weights)
+        MlxNorm::new(&self.ops, self.memory.pool(), weights)
     }
 
     fn table(&mut self, weights: Arc<dyn FloatRows>, _: TableRole) -> Result<MlxTable> {
-        MlxTable::new(&self.ops, &self.pool, &*weights)
+        MlxTable::new(&self.ops, self.memory.pool(), &*weights)
     }
 
     fn table_bytes(&self, table: &MlxTable, _: Option<usize>) -> u64 {
@@ -300,9 +326,10 @@ impl Backend for MlxBackend {
         }
         let periods: Vec<f32> = spec.inv_freq.iter().map(|f| 1.0 / f).collect();
         let magnitude = (spec.magnitude != 1.0)
-            .then(|| Placed::floats(&self.ops, &self.pool, &[spec.magnitude], &[1]))
+            .then(|| Placed::floats(&self.ops, self.memory.pool(), &[spec.magnitude], &[1]))
             .transpose()?;
-        let periods = Placed::floats(&self.ops, &self.pool, &periods, &[spec.inv_freq.len()])?;
+        let periods =
+            Placed::floats(&self.ops, self.memory.pool(), &periods, &[spec.inv_freq.len()])?;
         Ok(MlxRope { periods, head_dim: 2 * spec.inv_freq.len(), magnitude })
     }
 
@@ -330,6 +357,9 @@ impl Backend for MlxBackend {
     fn begin(&mut self, batch: &Batch) -> Result<()> {
         // What an abandoned step left; its indices go now.
         self.evaluate(None)?;
+        if self.failed {
+            return Err(device_error("an earlier step could not be computed"));
+        }
         self.step.begin(batch)
     }
 
@@ -337,7 +367,7 @@ impl Backend for MlxBackend {
         if table.hidden() != x.width {
             return Err(Error::shape("embeddings", table.hidden(), x.width));
         }
-        let tokens = self.step.tokens(&self.ops, &self.pool, table.vocab())?;
+        let tokens = self.step.tokens(&self.ops, &self.memory, table.vocab())?;
         let rows = self.ops.take_rows(table.rows(), tokens.array())?;
         self.set(x, rows)
     }
@@ -424,7 +454,7 @@ impl Backend for MlxBackend {
         self.set(q, turned)?;
         let keys = self.turn(k.rows(n)?, head_norms.map(|(_, k)| k), rope)?;
         let values = self.ops.reshape(v.rows(n)?, &[n, spec.n_kv_heads, spec.head_dim])?;
-        let (slots, highest) = self.step.slots(&self.ops, &self.pool, &spec)?;
+        let (slots, highest) = self.step.slots(&self.ops, &self.memory, &spec)?;
         kv.reserve(&self.ops, layer, highest)?;
         for (part, x) in [(0, &keys), (1, &values)] {
             for array in kv.store(&self.ops, layer, part, slots.array(), x)? {
@@ -452,7 +482,7 @@ impl Backend for MlxBackend {
         let n_heads = q.width / head_dim;
         let x = q.rows(self.step.rows())?;
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let (_, highest) = self.step.slots(ops, &self.pool, &kv.spec())?;
+        let (_, highest) = self.step.slots(ops, &self.memory, &kv.spec())?;
         let mut outs = Vec::with_capacity(self.step.batch.sequences.len());
         for (i, slice) in self.step.batch.sequences.iter().enumerate() {
             let (rows, positions) = (slice.rows.len(), slice.first_position + slice.rows.len());
@@ -487,7 +517,7 @@ impl Backend for MlxBackend {
         if self.step.batch.logit_rows.is_empty() {
             return Ok(());
         }
-        let rows = self.step.logit_rows(&self.ops, &self.pool)?;
+        let rows = self.step.logit_rows(&self.ops, &self.memory)?;
         let x = self.ops.take_rows(x, rows.array())?;
         let logits = self.ops.matmul(&norm.apply(&self.ops, &x)?, head.columns())?;
         let logits = self.ops.contiguous(&logits)?;

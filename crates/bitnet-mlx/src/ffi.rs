@@ -90,6 +90,10 @@ macro_rules! functions {
         }
 
         impl Functions {
+            /// Their names.
+            #[cfg(test)]
+            pub(crate) const NAMES: &[&str] = &[$(stringify!($name)),*];
+
             /// Looks every name up.
             ///
             /// # Safety

@@ -104,7 +104,7 @@ impl Drop for Closure {
 
 /// `x` `(…, n)` → codes on the grid of 8-bit integers and what one unit is worth, `(…, 1)`.
 fn quantize(ops: &Ops, args: &[Array]) -> Result<Vec<Array>> {
-    let constant = |value: f32| ops.from_floats(&[value], &[]);
+    let constant = |value: f32| ops.floats(&[value], &[]);
     let largest = ops.max_last(&ops.abs(&args[0])?)?;
     let largest = ops.maximum(&largest, &constant(1e-5)?)?;
     let factor = ops.divide(&constant(127.0)?, &largest)?;
@@ -114,7 +114,7 @@ fn quantize(ops: &Ops, args: &[Array]) -> Result<Vec<Array>> {
 
 /// `max(gate, 0)² · up`
 fn relu2(ops: &Ops, args: &[Array]) -> Result<Vec<Array>> {
-    let positive = ops.maximum(&args[0], &ops.from_floats(&[0.0], &[])?)?;
+    let positive = ops.maximum(&args[0], &ops.floats(&[0.0], &[])?)?;
     Ok(vec![ops.multiply(&ops.square(&positive)?, &args[1])?])
 }
 

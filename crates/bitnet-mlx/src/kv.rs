@@ -151,8 +151,8 @@ impl MlxKv {
                 let largest = ops.max_last(&ops.abs(x)?)?;
                 // A head of zeros has no scale; any will do.
                 let largest =
-                    ops.maximum(&largest, &ops.from_floats(&[f32::MIN_POSITIVE * 128.0], &[])?)?;
-                let unit = ops.divide(&largest, &ops.from_floats(&[127.0], &[])?)?;
+                    ops.maximum(&largest, &ops.floats(&[f32::MIN_POSITIVE * 128.0], &[])?)?;
+                let unit = ops.divide(&largest, &ops.floats(&[127.0], &[])?)?;
                 let codes = ops.round(&ops.divide(x, &unit)?)?;
                 (ops.cast(&codes, dtype::I8)?, Some(unit))
             }

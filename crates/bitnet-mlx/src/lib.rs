@@ -2,7 +2,7 @@
 //!
 //! [`MlxBackend`] runs a model's step as one MLX graph on Apple's GPUs, or on any CPU that MLX is
 //! built for. Nothing is linked and nothing is needed at build time: [`is_mlx_available`] tells
-//! whether a library that fits was found. The product of ternary weights and 8-bit activations is
+//! whether a library that fits was found, and [`find`] why not. The product of ternary weights and 8-bit activations is
 //! exact; so are the results, up to MLX's order of float sums in norms, attention and head.
 
 mod array;
@@ -15,17 +15,35 @@ mod linear;
 mod memory;
 mod step;
 
-pub use backend::{COMPILE_VARIABLE, MlxBackend, MlxBuffer, MlxCache, MlxRope};
+use bitnet_core::Result;
+use bitnet_core::backend::FoundDevice;
+use bitnet_core::memory::system;
+
+pub use backend::{COMPILE_VARIABLE, MlxBackend, MlxBuffer, MlxCache, MlxRope, TRACE_VARIABLE};
 pub use library::{LIBRARY_VARIABLE, SUPPORTED_VERSIONS};
 pub use linear::{MlxLinear, MlxNorm, MlxTable};
 pub use memory::{MlxMemory, MlxStorage};
 
 /// Whether mlx-c of a version this crate knows can be opened here.
 pub fn is_mlx_available() -> bool {
-    unavailable_reason().is_none()
+    find().is_ok()
 }
 
-/// Why MLX cannot be used here, if it cannot.
-pub fn unavailable_reason() -> Option<String> {
-    library::Mlx::get().err().map(|error| error.to_string())
+/// What MLX runs on here.
+///
+/// # Errors
+/// [`Error::Device`](bitnet_core::Error::Device) with the reason why it cannot be used: mlx-c is not
+/// found, does not fit, or has no device.
+pub fn find() -> Result<FoundDevice> {
+    let mlx = library::Mlx::get()?;
+    let device = library::Device::best(mlx)?;
+    let (hardware, memory_bytes) = device.info();
+    let kind = if device.is_gpu { "GPU" } else { "CPU" };
+    Ok(FoundDevice {
+        hardware: hardware.unwrap_or_else(|| kind.into()),
+        driver: Some(format!("MLX {} on the {kind}", mlx.version)),
+        memory_bytes: memory_bytes.or_else(system::total_memory),
+        unified_memory: true,
+        accelerates: device.is_gpu,
+    })
 }

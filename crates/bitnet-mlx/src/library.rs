@@ -278,4 +278,33 @@ mod tests {
         #[cfg(all(target_os = "linux", target_env = "gnu"))]
         assert!(reason("libm.so.6").contains("not the mlx-c that fits"));
     }
+
+    /// A library with every name, but of another version: nothing but its version is asked for.
+    #[test]
+    #[ignore = "needs a C compiler: scripts/test-mlx.sh"]
+    fn another_version_is_an_error() {
+        let folder = std::env::temp_dir().join(format!("bitnet-mlx-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (source, library) = (folder.join("other.c"), folder.join("libother.so"));
+        let mut text = String::from(
+            "typedef struct { void* p; } s;\n\
+             s mlx_string_new(void) { s x = {0}; return x; }\n\
+             int mlx_version(s* x) { return 0; }\n\
+             const char* mlx_string_data(s x) { return \"9.9.9\"; }\n\
+             int mlx_string_free(s x) { return 0; }\n",
+        );
+        let written = ["mlx_string_new", "mlx_version", "mlx_string_data", "mlx_string_free"];
+        for name in Functions::NAMES.iter().filter(|name| !written.contains(name)) {
+            text += &format!("int {name}(void) {{ *(volatile int*)0 = 0; return 0; }}\n");
+        }
+        std::fs::write(&source, text).unwrap();
+        let status = std::process::Command::new("cc")
+            .args(["-shared", "-fPIC", "-w", "-o"])
+            .args([&library, &source])
+            .status();
+        assert!(status.unwrap().success());
+        let reason = reason(library.to_str().unwrap());
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(reason.contains("has MLX 9.9.9, but 0.32.2 is needed"), "{reason}");
+    }
 }

@@ -11,6 +11,7 @@ use crate::memory::{Placed, Pool};
 use bitnet_core::memory::AccessPattern;
 use bitnet_core::weights::{
     ActivationQuant, FloatRows, LinearWeights, Matrix, NormWeights, Scales, TernaryRows,
+    check_ternary,
 };
 use bitnet_core::{Error, Result};
 use std::collections::HashMap;
@@ -99,8 +100,12 @@ enum Weights {
         scale: Option<Array>,
         activations: ActivationQuant,
     },
-    /// `(cols, rows)`, a transposed view.
-    Float(Array),
+    /// Numbers, for inputs that are quantized or not.
+    Dense {
+        /// `(cols, rows)`, a transposed view.
+        columns: Array,
+        activations: Option<ActivationQuant>,
+    },
 }
 
 /// An input that projections share: quantized as their weights want it.
@@ -141,7 +146,7 @@ impl MlxLinear {
         let mut linear = Self {
             rows,
             cols,
-            weights: Weights::Float(ops.zeros(&[1], dtype::F32)?),
+            weights: Weights::Dense { columns: ops.zeros(&[1], dtype::F32)?, activations: None },
             bias,
             input_norm,
             _places: Vec::new(),
@@ -154,7 +159,8 @@ impl MlxLinear {
             }
             Matrix::Float(weights) => {
                 let placed = dense(ops, pool, rows, cols, |row, out| weights.decode_row(row, out))?;
-                linear.weights = Weights::Float(ops.transpose(placed.array(), &[1, 0])?);
+                let columns = ops.transpose(placed.array(), &[1, 0])?;
+                linear.weights = Weights::Dense { columns, activations: None };
                 linear._places.push(placed);
                 weights.release();
             }
@@ -171,41 +177,19 @@ impl MlxLinear {
         activations: ActivationQuant,
     ) -> Result<()> {
         let (rows, cols) = (self.rows, self.cols);
-        if let ActivationQuant::PerGroup(group) = activations
-            && (group == 0 || group % CODES != 0)
-        {
-            let reason = format!("{group} is not a multiple of {CODES}");
-            return Err(Error::invalid("group of activations", reason));
-        }
-        let scale_group = match weights.scales() {
-            Scales::Tensor(_) => cols,
-            Scales::Row(values) if values.len() == rows => cols,
-            Scales::Row(values) => return Err(Error::shape("scales of rows", rows, values.len())),
-            Scales::Group { group, values } => {
-                if *group == 0 || values.len() != rows * cols.div_ceil(*group) {
-                    let want = format!("{rows} rows of groups of {group}");
-                    return Err(Error::shape("scales of groups", want, values.len()));
-                }
-                *group
-            }
-        };
-        let per_group = matches!(weights.scales(), Scales::Group { .. });
+        check_ternary(weights, activations)?;
         // Of MLX's groups, the largest that divides those of the scales.
-        let fits = |group: &&usize| {
-            if per_group {
-                scale_group.is_multiple_of(**group)
-            } else {
-                cols.is_multiple_of(**group)
+        let group = match weights.scales() {
+            Scales::Group { group, .. } => {
+                let fits = GROUPS.into_iter().find(|mlx| group.is_multiple_of(*mlx));
+                match fits {
+                    Some(fits) => fits,
+                    None => return self.place_dense(ops, pool, weights, activations),
+                }
             }
-        };
-        let group = match GROUPS.iter().find(fits) {
-            Some(&group) => group,
-            None if !per_group => GROUPS[GROUPS.len() - 1],
-            None => {
-                return Err(Error::invalid(
-                    "group of weights",
-                    format!("MLX has no 2-bit products in groups that divide {scale_group}"),
-                ));
+            Scales::Tensor(_) | Scales::Row(_) => {
+                let fits = GROUPS.into_iter().find(|mlx| cols.is_multiple_of(*mlx));
+                fits.unwrap_or(GROUPS[GROUPS.len() - 1])
             }
         };
         let padded = cols.next_multiple_of(group);
@@ -261,6 +245,35 @@ impl MlxLinear {
         Ok(())
     }
 
+    /// Ternary weights in groups that MLX has no codes for: as numbers.
+    fn place_dense(
+        &mut self,
+        ops: &Ops,
+        pool: &Pool,
+        weights: &dyn TernaryRows,
+        activations: ActivationQuant,
+    ) -> Result<()> {
+        let (rows, cols) = (self.rows, self.cols);
+        let placed = dense(ops, pool, rows, cols, |row, out| {
+            let mut codes = vec![0; cols];
+            weights.decode_row(row, &mut codes);
+            for (col, (out, code)) in out.iter_mut().zip(codes).enumerate() {
+                let scale = match weights.scales() {
+                    Scales::Tensor(scale) => *scale,
+                    Scales::Row(values) => values[row],
+                    Scales::Group { group, values } => {
+                        values[row * cols.div_ceil(*group) + col / group]
+                    }
+                };
+                *out = (f32::from(code) - 1.0) * scale;
+            }
+        })?;
+        let columns = ops.transpose(placed.array(), &[1, 0])?;
+        self.weights = Weights::Dense { columns, activations: Some(activations) };
+        self._places.push(placed);
+        Ok(())
+    }
+
     /// Output features.
     pub(crate) fn rows(&self) -> usize {
         self.rows
@@ -279,7 +292,7 @@ impl MlxLinear {
     fn key(&self) -> Option<(ActivationQuant, usize)> {
         match &self.weights {
             Weights::Ternary { activations, padded, .. } => Some((*activations, *padded)),
-            Weights::Float(_) => None,
+            Weights::Dense { activations, .. } => activations.map(|a| (a, self.cols)),
         }
     }
 
@@ -323,15 +336,16 @@ impl MlxLinear {
     /// `W·x + b`, `(tokens, rows)`.
     pub(crate) fn product(&self, ops: &Ops, input: &Prepared) -> Result<Array> {
         let mut y = match &self.weights {
-            Weights::Float(transposed) => ops.matmul(&input.x, transposed)?,
-            Weights::Ternary { codes, scale, .. } => {
-                let mut y = ops.quantized_matmul(&input.x, codes)?;
-                for scale in [&input.scale, scale].into_iter().flatten() {
-                    y = ops.multiply(&y, scale)?;
-                }
-                y
-            }
+            Weights::Dense { columns, .. } => ops.matmul(&input.x, columns)?,
+            Weights::Ternary { codes, .. } => ops.quantized_matmul(&input.x, codes)?,
         };
+        let of_rows = match &self.weights {
+            Weights::Ternary { scale, .. } => scale.as_ref(),
+            Weights::Dense { .. } => None,
+        };
+        for scale in [input.scale.as_ref(), of_rows].into_iter().flatten() {
+            y = ops.multiply(&y, scale)?;
+        }
         if let Some(bias) = &self.bias {
             y = ops.add(&y, bias.array())?;
         }

@@ -5,12 +5,14 @@ use crate::array::{Array, Ops};
 use crate::ffi::dtype;
 use bitnet_core::memory::{
     AccessPattern, BufferKind, Completion, CopySide, DeviceBufferHandle, DeviceMemory,
-    EnhancedMemoryPool, MemoryProperties, system,
+    EnhancedMemoryPool, GPUMemoryManager, MemoryProperties, system,
 };
 use bitnet_core::{Error, Result};
 
 /// The pool of a backend.
 pub(crate) type Pool = EnhancedMemoryPool<MlxMemory>;
+/// The pool with its transfers.
+pub(crate) type Memory = GPUMemoryManager<MlxMemory>;
 
 /// Memory of MLX's device.
 pub struct MlxMemory {
@@ -124,7 +126,18 @@ impl Placed {
             .buffer_mut()
             .ok_or_else(|| crate::library::device_error("a fresh region has several owners"))?;
         fill(&mut storage.bytes_mut()?[..words * WORD as usize]);
-        let array = ops.slice_rows(&storage.0, 0, words)?;
+        Self::show(ops, region, words, dtype, shape)
+    }
+
+    /// The first words of a region as numbers.
+    fn show(
+        ops: &Ops,
+        region: DeviceBufferHandle<MlxMemory>,
+        words: usize,
+        dtype: i32,
+        shape: &[usize],
+    ) -> Result<Self> {
+        let array = ops.slice_rows(&region.buffer().0, 0, words)?;
         let array = if dtype == dtype::U32 { array } else { ops.view(&array, dtype)? };
         let array = ops.reshape(&array, shape)?;
         Ok(Self { array, region })
@@ -139,14 +152,12 @@ impl Placed {
         })
     }
 
-    /// As [`Placed::new`], for the indices of a step.
-    pub(crate) fn indices(ops: &Ops, pool: &Pool, values: &[i32]) -> Result<Self> {
-        let len = values.len();
-        Self::new(ops, pool, AccessPattern::Upload, len, dtype::I32, &[len], |bytes| {
-            for (out, value) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(values) {
-                *out = value.to_ne_bytes();
-            }
-        })
+    /// The indices of a step, as `(values)` integers.
+    pub(crate) fn indices(ops: &Ops, memory: &Memory, values: &[i32]) -> Result<Self> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        let mut region = memory.pool().take(bytes.len() as u64, AccessPattern::Upload)?;
+        memory.copy_to_gpu_async(&bytes, &mut region, 0)?.wait()?;
+        Self::show(ops, region, values.len(), dtype::I32, &[values.len()])
     }
 
     pub(crate) fn array(&self) -> &Array {

@@ -1,8 +1,8 @@
 //! The current step: its sequences, and their indices on the device.
 
 use crate::array::Ops;
-use crate::memory::{Placed, Pool};
-use bitnet_core::backend::{Batch, KvSpec};
+use crate::memory::{Memory, Placed};
+use bitnet_core::backend::{Batch, KvSpec, SequenceSlice, check_batch};
 use bitnet_core::{Error, Result};
 use std::collections::HashSet;
 
@@ -25,7 +25,11 @@ pub(crate) struct Step {
 impl Step {
     /// Takes a batch over; the indices go to the device when they are first needed.
     pub(crate) fn begin(&mut self, batch: &Batch) -> Result<()> {
-        check(batch)?;
+        check_batch(batch)?;
+        let last = |slice: &SequenceSlice| slice.first_position + slice.rows.len();
+        if batch.sequences.iter().any(|slice| i32::try_from(last(slice)).is_err()) {
+            return Err(Error::invalid("position", "more than 32 bits"));
+        }
         *self = Self { batch: batch.clone(), ..Self::default() };
         Ok(())
     }
@@ -35,32 +39,32 @@ impl Step {
     }
 
     /// Indices `(tokens)` into a table of `vocab` rows.
-    pub(crate) fn tokens(&mut self, ops: &Ops, pool: &Pool, vocab: usize) -> Result<&Placed> {
+    pub(crate) fn tokens(&mut self, ops: &Ops, memory: &Memory, vocab: usize) -> Result<&Placed> {
         if let Some(token) = self.batch.tokens.iter().find(|&&token| token as usize >= vocab) {
             let reason = format!("{token} of a vocabulary of {vocab}");
             return Err(Error::invalid("token", reason));
         }
         let tokens = &self.batch.tokens;
-        placed(&mut self.tokens, ops, pool, || {
+        placed(&mut self.tokens, ops, memory, || {
             tokens.iter().map(|&t| to_index(t as usize)).collect()
         })
     }
 
     /// `(tokens)`
-    pub(crate) fn positions(&mut self, ops: &Ops, pool: &Pool) -> Result<&Placed> {
+    pub(crate) fn positions(&mut self, ops: &Ops, memory: &Memory) -> Result<&Placed> {
         let sequences = &self.batch.sequences;
-        placed(&mut self.positions, ops, pool, || {
-            let rows = |s: &bitnet_core::backend::SequenceSlice| {
-                s.first_position..s.first_position + s.rows.len()
-            };
+        placed(&mut self.positions, ops, memory, || {
+            let rows = |s: &SequenceSlice| s.first_position..s.first_position + s.rows.len();
             sequences.iter().flat_map(rows).map(to_index).collect()
         })
     }
 
     /// `(rows with logits)`
-    pub(crate) fn logit_rows(&mut self, ops: &Ops, pool: &Pool) -> Result<&Placed> {
+    pub(crate) fn logit_rows(&mut self, ops: &Ops, memory: &Memory) -> Result<&Placed> {
         let rows = &self.batch.logit_rows;
-        placed(&mut self.logit_rows, ops, pool, || rows.iter().map(|&row| to_index(row)).collect())
+        placed(&mut self.logit_rows, ops, memory, || {
+            rows.iter().map(|&row| to_index(row)).collect()
+        })
     }
 
     /// Slots `(tokens)` of the rows in a cache, and its highest block in use. Every block is checked
@@ -68,7 +72,7 @@ impl Step {
     pub(crate) fn slots(
         &mut self,
         ops: &Ops,
-        pool: &Pool,
+        memory: &Memory,
         spec: &KvSpec,
     ) -> Result<(&Placed, u32)> {
         let key = (spec.block_tokens, spec.n_blocks);
@@ -107,10 +111,10 @@ impl Step {
                     let end = slice.first_position + slice.rows.len();
                     let own = &slice.blocks[..end.div_ceil(spec.block_tokens)];
                     let indices: Vec<i32> = own.iter().map(|&b| to_index(b as usize)).collect();
-                    Placed::indices(ops, pool, &indices)
+                    Placed::indices(ops, memory, &indices)
                 })
                 .collect::<Result<_>>()?;
-            self.slots = Some((key.0, key.1, Placed::indices(ops, pool, &slots)?));
+            self.slots = Some((key.0, key.1, Placed::indices(ops, memory, &slots)?));
         }
         match &self.slots {
             Some((_, _, slots)) => Ok((slots, self.highest_block)),
@@ -134,37 +138,11 @@ fn to_index(index: usize) -> i32 {
 fn placed<'a>(
     place: &'a mut Option<Placed>,
     ops: &Ops,
-    pool: &Pool,
+    memory: &Memory,
     indices: impl FnOnce() -> Vec<i32>,
 ) -> Result<&'a Placed> {
     if place.is_none() {
-        *place = Some(Placed::indices(ops, pool, &indices())?);
+        *place = Some(Placed::indices(ops, memory, &indices())?);
     }
     place.as_ref().ok_or_else(|| Error::invalid("step", "no indices"))
-}
-
-/// Checks that a step's slices cover its tokens in order.
-fn check(batch: &Batch) -> Result<()> {
-    let mut next = 0;
-    for slice in &batch.sequences {
-        let (start, end) = (slice.rows.start, slice.rows.end);
-        if start != next || end <= start {
-            let want = format!("rows from {next} on, at least one");
-            return Err(Error::shape("slice of a batch", want, format!("{start}..{end}")));
-        }
-        let last = slice.first_position.checked_add(end - start);
-        if last.is_none_or(|last| i32::try_from(last).is_err()) {
-            let reason = format!("{} is too large", slice.first_position);
-            return Err(Error::invalid("position", reason));
-        }
-        next = end;
-    }
-    if next != batch.tokens.len() {
-        let want = format!("{} rows", batch.tokens.len());
-        return Err(Error::shape("slices of a batch", want, next));
-    }
-    match batch.logit_rows.iter().find(|&&row| row >= next) {
-        Some(row) => Err(Error::invalid("logit row", format!("{row} of {next} rows"))),
-        None => Ok(()),
-    }
 }

@@ -7,7 +7,7 @@ use super::device::DeviceMemory;
 use super::ranges::{Range, Ranges};
 use super::stats::MemoryStats;
 use super::strategy::{AccessPattern, AllocationStrategy, Plan};
-use super::sync::{Arc, Mutex, lock};
+use super::sync::{Arc, Condvar, Mutex, lock};
 use super::trace::{AllocationTrace, TraceEvent};
 use crate::error::{Error, Result};
 use std::fmt;
@@ -23,6 +23,8 @@ struct Shared<M: DeviceMemory> {
     /// Strategies that differ from what the device and the pattern suggest.
     strategies: [Option<AllocationStrategy>; AccessPattern::ALL.len()],
     state: Mutex<State<M>>,
+    /// Told when the device has answered a request.
+    answered: Condvar,
 }
 
 struct State<M: DeviceMemory> {
@@ -70,7 +72,8 @@ impl<M: DeviceMemory> EnhancedMemoryPool<M> {
             recording: None,
         };
         let memory = StdArc::new(memory);
-        Self(Arc::new(Shared { memory, budget, strategies: table, state: Mutex::new(state) }))
+        let (state, answered) = (Mutex::new(state), Condvar::new());
+        Self(Arc::new(Shared { memory, budget, strategies: table, state, answered }))
     }
 
     /// The device's memory.
@@ -99,23 +102,27 @@ impl<M: DeviceMemory> EnhancedMemoryPool<M> {
         let evicted;
         {
             let mut state = lock(&shared.state);
-            if let Some(range) = state.ranges.take(&plan) {
-                state.hits += 1;
-                return Ok(self.region(
-                    &mut state,
-                    range,
-                    bytes,
-                    pattern,
-                    plan.shelf.shared,
-                    false,
-                ));
-            }
-            evicted = shared.reserve(&mut state, plan.buffer_bytes, pattern)?;
+            evicted = loop {
+                if let Some(range) = state.ranges.take(&plan) {
+                    state.hits += 1;
+                    let shared = plan.shelf.shared;
+                    return Ok(self.region(&mut state, range, bytes, pattern, shared, false));
+                }
+                match shared.reserve(&mut state, plan.buffer_bytes, pattern) {
+                    // A buffer another thread is asking for may have room for both, or none may come.
+                    Err(_) if state.reserved > 0 => {
+                        let answered = shared.answered.wait(state);
+                        state = answered.unwrap_or_else(|poisoned| poisoned.into_inner());
+                    }
+                    result => break result?,
+                }
+            };
         }
         drop(evicted);
         let buffer = self.allocate(&plan);
         let mut state = lock(&shared.state);
         state.reserved -= plan.buffer_bytes;
+        shared.answered.notify_all();
         let buffer = StdArc::new(buffer?);
         let range = state.ranges.add(&plan);
         state.peak = state.peak.max(state.ranges.held());

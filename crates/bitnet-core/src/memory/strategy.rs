@@ -68,7 +68,7 @@ pub enum AllocationStrategy {
 }
 
 /// Size of buffers that small regions share.
-const SHARED_BYTES: u64 = 8 << 20;
+const SHARED_BYTES: u64 = 512 << 10;
 /// A region of more than this part of a shared buffer gets one of its own.
 const SHARED_PART: u64 = 4;
 

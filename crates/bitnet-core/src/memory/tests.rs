@@ -272,3 +272,34 @@ fn a_recording_is_what_happened() {
     assert!(strange.replay(&host(u64::MAX)).is_err());
     assert!(AllocationTrace::default().replay(&host(u64::MAX)).is_err());
 }
+
+/// What a serving engine really asked of its pool: recorded from the MLX backend while four clients
+/// sent twenty requests of different lengths (the test of bitnet-inference
+/// `requests_served_together_are_answered_as_alone`, with `BITNET_MLX_TRACE`).
+fn serving_trace() -> AllocationTrace {
+    include_str!("serving.trace").parse().unwrap()
+}
+
+#[test]
+fn a_serving_trace_is_served_from_memory_that_is_there() {
+    let check = |what: &str, report: ReplayReport| {
+        println!("{what}: {report:?}");
+        assert!(report.takes > 500, "a trace of many steps");
+        assert!(report.hit_rate > 0.8, "{what}: hit rate {}", report.hit_rate);
+        let worst = report.worst_fragmentation;
+        assert!(worst < 0.2, "{what}: fragmentation {worst}");
+        assert!(report.overhead < 1.25, "{what}: {} times the use is held", report.overhead);
+        assert!(report.take_p99 < Duration::from_millis(1), "{what}: {:?}", report.take_p99);
+    };
+    let trace = serving_trace();
+    check("host", trace.replay(&host(u64::MAX)).unwrap());
+    check("discrete", trace.replay(discrete(0).pool()).unwrap());
+}
+
+#[test]
+fn without_reuse_the_serving_trace_misses() {
+    let dedicated = AccessPattern::ALL.map(|pattern| (pattern, AllocationStrategy::Dedicated));
+    let pool = EnhancedMemoryPool::with_strategies(HostMemory, u64::MAX, &dedicated);
+    let report = serving_trace().replay(&pool).unwrap();
+    assert!(report.hit_rate < 0.1, "{report:?}");
+}

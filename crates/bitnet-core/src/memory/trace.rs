@@ -42,9 +42,10 @@ pub struct ReplayReport {
     pub takes: u64,
     /// As [`MemoryStats::hit_rate`](super::MemoryStats::hit_rate), over these.
     pub hit_rate: f64,
-    /// The largest [`MemoryStats::fragmentation`](super::MemoryStats::fragmentation) after any event.
+    /// The largest [`MemoryStats::fragmentation`](super::MemoryStats::fragmentation) after an event
+    /// with at least half as much in use as ever: a pool that holds next to nothing wastes nothing.
     pub worst_fragmentation: f64,
-    /// Its mean over all events.
+    /// Its mean over the same events.
     pub mean_fragmentation: f64,
     /// Peak of the memory held, over the peak of the memory asked for at one time.
     pub overhead: f64,
@@ -62,7 +63,7 @@ impl AllocationTrace {
     pub fn replay<M: DeviceMemory>(&self, pool: &EnhancedMemoryPool<M>) -> Result<ReplayReport> {
         let mut live = HashMap::new();
         let mut times = Vec::new();
-        let (mut worst, mut sum, mut most_active) = (0.0f64, 0.0, 0u64);
+        let mut states = Vec::with_capacity(self.events.len());
         for event in &self.events {
             match *event {
                 TraceEvent::Take { id, bytes, pattern } => {
@@ -77,18 +78,19 @@ impl AllocationTrace {
                 }
             }
             let stats = pool.stats();
-            worst = worst.max(stats.fragmentation);
-            sum += stats.fragmentation;
-            most_active = most_active.max(stats.active_bytes);
+            states.push((stats.active_bytes, stats.fragmentation));
         }
+        let most_active = states.iter().map(|(active, _)| *active).max().unwrap_or(0);
+        let busy = states.iter().filter(|(active, _)| 2 * active >= most_active);
+        let busy: Vec<f64> = busy.map(|(_, fragmentation)| *fragmentation).collect();
         times.sort_unstable();
         let last = times.len().checked_sub(1).ok_or_else(|| Error::invalid("trace", "empty"))?;
         let stats = pool.stats();
         Ok(ReplayReport {
             takes: times.len() as u64,
             hit_rate: stats.hit_rate,
-            worst_fragmentation: worst,
-            mean_fragmentation: sum / self.events.len() as f64,
+            worst_fragmentation: busy.iter().copied().fold(0.0, f64::max),
+            mean_fragmentation: busy.iter().sum::<f64>() / busy.len() as f64,
             overhead: stats.peak_bytes as f64 / most_active as f64,
             take_p50: times[last / 2],
             take_p99: times[last * 99 / 100],
