@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, bench_serve, chat, completions, convert, devices, eval, inspect, logits, quantize, run,
-    serve, tokenizer, train,
+    batch, bench, bench_serve, chat, completions, convert, devices, eval, inspect, logits,
+    quantize, run, serve, tokenizer, train,
 };
 use crate::term::OutputArgs;
 
@@ -13,6 +13,7 @@ Examples:
   bitnet run \"Once upon a time\"            a story from the built-in model: no download, no setup
   bitnet chat -m models/bitnet-2b4t        talk to a model of your own
   bitnet serve                             an OpenAI-compatible server on port 8080
+  bitnet batch in.jsonl out.jsonl          answer a file of requests, and go on where it stopped
   bitnet inspect model.gguf                what a model file is and holds
   bitnet convert model/ model.gguf --to i2_s
   bitnet eval book.txt -m model.gguf       perplexity and bits per byte
@@ -43,6 +44,8 @@ pub(crate) enum Command {
     Chat(chat::ChatArgs),
     /// Serve models over HTTP: OpenAI's, Anthropic's and Ollama's wire formats
     Serve(Box<serve::ServeArgs>),
+    /// Answer a file of requests: OpenAI's batch format
+    Batch(batch::BatchArgs),
     /// Show what a model is: architecture, tensors, tokenizer, template
     Inspect(inspect::InspectArgs),
     /// Write a model in another file format or packing, without losing a trit

@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         Command::Run(args) => commands::run::run(args, &term),
         Command::Chat(args) => commands::chat::run(args, &term),
         Command::Serve(args) => commands::serve::run(*args, &term),
+        Command::Batch(args) => commands::batch::run(args, &term),
         Command::Inspect(args) => commands::inspect::run(args, &term),
         Command::Convert(args) => commands::convert::run(args, &term),
         Command::Quantize(args) => commands::quantize::run(args, &term),

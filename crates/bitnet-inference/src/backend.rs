@@ -29,6 +29,13 @@ pub trait InferenceBackend: Send + Sync {
     /// layer, the last one after the final norm. `(layers + 1)` times `(tokens, hidden_size)`.
     fn hidden_states(&mut self, batch: &Batch) -> bitnet_core::Result<Vec<Vec<f32>>>;
 
+    /// Runs one step and leaves the last of [`hidden_states`](Self::hidden_states) in `states`:
+    /// `(tokens, hidden_size)` after the final norm.
+    fn final_states(&mut self, batch: &Batch, states: &mut Vec<f32>) -> bitnet_core::Result<()> {
+        *states = self.hidden_states(batch)?.pop().unwrap_or_default();
+        Ok(())
+    }
+
     /// Shape of the paged KV cache.
     fn kv_spec(&self) -> KvSpec;
 

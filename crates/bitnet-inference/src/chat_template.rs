@@ -144,6 +144,11 @@ impl ChatTemplate {
         Self::unchecked(PLAIN, &[])
     }
 
+    /// Whether the template's text holds a name, such as that of a variable it reads.
+    pub fn mentions(&self, name: &str) -> bool {
+        self.source.contains(name)
+    }
+
     fn unchecked(source: &str, special_tokens: &[(String, String)]) -> Self {
         let mut environment = Environment::new();
         environment.set_recursion_limit(MAX_DEPTH);

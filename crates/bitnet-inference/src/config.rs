@@ -195,12 +195,15 @@ impl EngineConfig {
         }
     }
 
+    /// The longest sequence asked for, whatever memory allows.
+    pub(crate) fn context_of(&self, model: &ModelConfig) -> usize {
+        let most = model.max_position_embeddings;
+        self.context_length.unwrap_or(most).min(most)
+    }
+
     /// Positions a sequence of this model may reach, and the KV cache that fits the budget.
     pub(crate) fn kv_cache(&self, model: &ModelConfig) -> Result<(usize, KvSpec)> {
-        let max_positions = self
-            .context_length
-            .unwrap_or(model.max_position_embeddings)
-            .min(model.max_position_embeddings);
+        let max_positions = self.context_of(model);
         let mut spec = KvSpec {
             n_layers: model.num_hidden_layers,
             n_kv_heads: model.num_key_value_heads,

@@ -227,6 +227,12 @@ impl<B: Backend> InferenceBackend for Decoder<B> {
         Ok(states)
     }
 
+    fn final_states(&mut self, batch: &Batch, states: &mut Vec<f32>) -> bitnet_core::Result<()> {
+        self.forward(batch, |_, _, _| Ok(()))?;
+        self.backend.read(&self.step.x, Some(&self.norm), states)?;
+        self.backend.finish()
+    }
+
     fn kv_spec(&self) -> KvSpec {
         self.kv_spec
     }

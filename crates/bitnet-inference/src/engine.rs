@@ -343,8 +343,10 @@ impl InferenceEngine {
             sampler =
                 sampler.with_dry_breakers(tokenizer.tokens_containing(&dry.sequence_breakers));
         }
+        let constraint = options.grammar.as_ref().map(|g| model.constraint(g)).transpose()?;
         let continuation = Continuation {
             sampler,
+            constraint,
             max_tokens: options.max_tokens.map_or(usize::MAX, |n| n as usize),
             ending_tokens: ending_tokens.clone(),
         };
@@ -375,6 +377,54 @@ impl InferenceEngine {
         options: &GenerationOptions,
     ) -> Result<Generation> {
         self.stream(model, prompt, options)?.collect_blocking()
+    }
+
+    /// Generates `n` answers to one prompt, which is computed once. Answer `i` is what
+    /// [`generate`](Self::generate) gives with [`options.for_choice(i)`](GenerationOptions::for_choice).
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationOptions, InferenceEngine};
+    ///
+    /// let engine = InferenceEngine::builder().build_blocking()?;
+    /// let model = engine.load_model_blocking("builtin")?;
+    /// let options = GenerationOptions::default().seed(1).max_tokens(8).logprobs(0);
+    /// let answers = engine.generate_choices_blocking(&model, "The wolf said", &options, 4)?;
+    /// let score = |answer: &bitnet_inference::Generation| -> f32 {
+    ///     answer.tokens.iter().filter_map(|token| token.logprob).sum()
+    /// };
+    /// let best = answers.iter().max_by(|a, b| score(a).total_cmp(&score(b)));
+    /// println!("{}", best.unwrap().text);
+    /// # Ok::<(), bitnet_inference::InferenceError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate); more answers than may wait in the engine's queue.
+    pub async fn generate_choices(
+        &self,
+        model: &Model,
+        prompt: impl Into<InferenceInput>,
+        options: &GenerationOptions,
+        n: usize,
+    ) -> Result<Vec<Generation>> {
+        let prompt = InferenceInput::Tokens(prompt.into().tokens(model)?);
+        let start = |i| self.stream(model, prompt.clone(), &options.for_choice(i as u64));
+        let streams = (0..n).map(start).collect::<Result<Vec<_>>>()?;
+        let mut answers = Vec::with_capacity(n);
+        for stream in streams {
+            answers.push(stream.collect().await?);
+        }
+        Ok(answers)
+    }
+
+    /// Blocking twin of [`generate_choices`](Self::generate_choices).
+    pub fn generate_choices_blocking(
+        &self,
+        model: &Model,
+        prompt: impl Into<InferenceInput>,
+        options: &GenerationOptions,
+        n: usize,
+    ) -> Result<Vec<Generation>> {
+        block_on(self.generate_choices(model, prompt, options, n))
     }
 
     fn submit_logits(

@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod batch;
 pub mod bench;
 pub mod builder;
 pub mod builtin;
@@ -31,9 +32,11 @@ pub mod decoder;
 pub mod detokenizer;
 pub mod device;
 mod draft;
+pub mod embed;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod grammar;
 pub mod input;
 mod kv_blocks;
 pub mod model;
@@ -53,14 +56,19 @@ pub mod tokenizer;
 mod wait;
 mod worker;
 
+pub use batch::{
+    BatchProcessor, DynamicBatchProcessor, ParallelConfig, ParallelInferenceProcessor,
+};
 pub use bitnet_core::backend::KvType;
 pub use builder::InferenceEngineBuilder;
 pub use builtin::BUILTIN_MODEL;
 pub use chat_template::{ChatOptions, ChatTemplate, Message};
 pub use config::{EngineConfig, MemorySize, OptimizationLevel};
 pub use device::{Device, InferenceContext, is_metal_available, is_mlx_available};
+pub use embed::{Embedding, Pooling};
 pub use engine::InferenceEngine;
 pub use error::{InferenceError, ModelError};
+pub use grammar::Grammar;
 pub use input::{InferenceInput, InferenceOutput};
 pub use model::{Model, ModelStats};
 pub use options::GenerationOptions;

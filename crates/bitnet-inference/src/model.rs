@@ -1,7 +1,7 @@
 //! A loaded model: what it is, its text side, and the worker that runs it.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bitnet_core::backend::{DeviceInfo, KvSpec, MemoryUsage};
@@ -12,6 +12,7 @@ use crate::config::EngineConfig;
 use crate::device::{self, Choice, Device, Loaded, Placement};
 use crate::draft::Draft;
 use crate::error::{InferenceError, Result};
+use crate::grammar::{Constraint, Grammar, GrammarCompiler};
 use crate::input::InferenceInput;
 use crate::source::{self, WeightSource};
 use crate::tokenizer::Tokenizer;
@@ -29,6 +30,8 @@ struct Inner {
     /// The file's template, or what is wrong with it.
     chat_template: Option<Result<ChatTemplate, String>>,
     plain_template: ChatTemplate,
+    /// Made for the first request with a grammar, or why it cannot be.
+    grammars: OnceLock<Result<GrammarCompiler, String>>,
     load_time: Duration,
     warnings: Vec<String>,
     worker: Worker,
@@ -132,6 +135,7 @@ impl Model {
             step,
             max_waiting: config.max_waiting,
             max_positions,
+            context: config.context_of(&model_config),
             vocab_size: model_config.vocab_size,
         };
         Ok(Self(Arc::new(Inner {
@@ -143,6 +147,7 @@ impl Model {
                 ChatTemplate::new(source, &assets.special_tokens).map_err(|e| e.to_string())
             }),
             plain_template: ChatTemplate::plain(),
+            grammars: OnceLock::new(),
             load_time: started.elapsed(),
             warnings,
             worker: Worker::spawn(backend, draft, spare, limits)?,
@@ -229,6 +234,23 @@ impl Model {
         let tokens = self.chat_template()?.encode(self.tokenizer()?, messages, options);
         let refused = |e| InferenceError::input("messages", "what the chat template accepts", e);
         Ok(InferenceInput::Tokens(tokens.map_err(refused)?))
+    }
+
+    /// Compiles a grammar, so that the next generations held to it start at once.
+    ///
+    /// # Errors
+    /// [`InferenceError::Input`] says what is wrong with the grammar; a model without a tokenizer.
+    pub fn prepare_grammar(&self, grammar: &Grammar) -> Result<()> {
+        self.constraint(grammar).map(drop)
+    }
+
+    pub(crate) fn constraint(&self, grammar: &Grammar) -> Result<Constraint> {
+        let tokenizer = self.tokenizer()?;
+        let new = || GrammarCompiler::new(tokenizer, self.get_output_dim());
+        match self.0.grammars.get_or_init(new) {
+            Ok(compiler) => compiler.constraint(grammar),
+            Err(reason) => Err(InferenceError::model_lacks(&self.0.id, reason)),
+        }
     }
 
     /// The device it runs on now.

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::grammar::Grammar;
+
 /// Most stop strings one request may carry.
 pub const MAX_STOP_STRINGS: usize = 64;
 /// Longest stop string, in bytes.
@@ -87,6 +89,9 @@ pub struct GenerationOptions {
     /// Report the log-probability of each token and of this many alternatives. The probabilities
     /// are the model's own, before biases, penalties, filters and temperature.
     pub logprobs: Option<u32>,
+    /// The language the answer must belong to. Every token is drawn among those that keep it
+    /// possible, and the answer ends once it is complete and nothing may follow.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for GenerationOptions {
@@ -109,6 +114,7 @@ impl Default for GenerationOptions {
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            grammar: None,
         }
     }
 }
@@ -272,6 +278,20 @@ impl GenerationOptions {
         self
     }
 
+    /// Sets [`grammar`](Self::grammar).
+    #[must_use]
+    pub fn grammar(mut self, grammar: Grammar) -> Self {
+        self.grammar = Some(grammar);
+        self
+    }
+
+    /// The options of the `i`-th of several answers to one prompt: with a seed, each has its own, and
+    /// the first is what a single answer would be.
+    #[must_use]
+    pub fn for_choice(&self, i: u64) -> Self {
+        Self { seed: self.seed.map(|seed| seed.wrapping_add(i)), ..self.clone() }
+    }
+
     /// Checks every option against its range; the first that fails is reported.
     pub fn validate(&self) -> Result<(), OptionsError> {
         in_range("temperature", self.temperature, 0.0, 100.0)?;
@@ -296,6 +316,9 @@ impl GenerationOptions {
         }
         at_most("stop_token_ids", "tokens", self.stop_token_ids.len(), MAX_STOP_TOKENS)?;
         texts("stop", &self.stop, MAX_STOP_STRINGS)?;
+        if let Some(grammar) = &self.grammar {
+            grammar.check_size()?;
+        }
         match &self.dry {
             Some(dry) => dry.validate(),
             None => Ok(()),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures_channel::mpsc::UnboundedSender;
 
 use crate::error::InferenceError;
+use crate::grammar::Constraint;
 use crate::sampler::Sampler;
 
 /// Who asks, for an engine that serves many: decides the order of work and what may be shared, never
@@ -52,6 +53,8 @@ pub(crate) enum Goal {
 #[derive(Debug)]
 pub(crate) struct Continuation {
     pub(crate) sampler: Sampler,
+    /// What the answer is held to.
+    pub(crate) constraint: Option<Constraint>,
     /// Most tokens to generate.
     pub(crate) max_tokens: usize,
     /// Tokens that end the answer.

@@ -68,6 +68,8 @@ pub struct Sampler {
     history: History,
     candidates: Vec<Candidate>,
     undo: Vec<(u32, f32)>,
+    /// The row without the tokens that are not allowed.
+    allowed: Vec<f32>,
 }
 
 impl Sampler {
@@ -99,6 +101,7 @@ impl Sampler {
             options: Arc::new(options.clone()),
             candidates: Vec::new(),
             undo: Vec::new(),
+            allowed: Vec::new(),
         })
     }
 
@@ -144,11 +147,43 @@ impl Sampler {
     ///
     /// NaN counts as minus infinity. The row is worked on in place and restored before returning.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled, SampleError> {
+        self.sample_where(logits, None::<fn(u32) -> bool>)
+    }
+
+    /// As [`sample`](Self::sample), among the tokens that `is_allowed` holds for. Log-probabilities
+    /// stay the model's own.
+    pub fn sample_among(
+        &mut self,
+        logits: &mut [f32],
+        is_allowed: impl Fn(u32) -> bool,
+    ) -> Result<Sampled, SampleError> {
+        self.sample_where(logits, Some(is_allowed))
+    }
+
+    fn sample_where(
+        &mut self,
+        logits: &mut [f32],
+        is_allowed: Option<impl Fn(u32) -> bool>,
+    ) -> Result<Sampled, SampleError> {
         if logits.len() != self.vocab {
             return Err(SampleError::WrongLength { expected: self.vocab, got: logits.len() });
         }
         self.adjust(logits);
-        let choice = self.choose(logits);
+        let choice = match is_allowed {
+            None => self.choose(logits),
+            Some(is_allowed) => {
+                let only = |(id, &logit): (usize, &f32)| match is_allowed(id as u32) {
+                    true => logit,
+                    false => f32::NEG_INFINITY,
+                };
+                let mut allowed = std::mem::take(&mut self.allowed);
+                allowed.clear();
+                allowed.extend(logits.iter().enumerate().map(only));
+                let choice = self.choose(&allowed);
+                self.allowed = allowed;
+                choice
+            }
+        };
         while let Some((id, logit)) = self.undo.pop() {
             logits[id as usize] = logit;
         }

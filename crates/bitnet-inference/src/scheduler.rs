@@ -10,6 +10,7 @@ use std::ops::Range;
 use bitnet_core::backend::Batch;
 
 use crate::draft::Draft;
+use crate::error::Result;
 use crate::kv_blocks::BlockPool;
 use crate::request::FinishReason;
 use crate::sequence::Sequence;
@@ -19,6 +20,8 @@ use crate::sequence::Sequence;
 const MAX_SPECULATING: usize = 4;
 /// Guessed tokens in one step.
 const MAX_VERIFIED: usize = 16;
+/// Waiting sequences that may let others pass while their beginning is being computed.
+const MAX_SKIPPED: usize = 64;
 
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy)]
@@ -109,10 +112,10 @@ impl Scheduler {
         self.pool.forget();
     }
 
-    /// Removes a running sequence that has all it asked for.
-    pub(crate) fn finish(&mut self, sequence: usize, reason: FinishReason) {
+    /// Removes a running sequence that has all it asked for, or cannot go on.
+    pub(crate) fn finish(&mut self, sequence: usize, outcome: Result<FinishReason>) {
         let mut sequence = self.running.remove(sequence);
-        sequence.finish(reason, &mut self.pool);
+        sequence.finish(outcome, &mut self.pool);
     }
 
     /// Fills `batch` with the next step and `plan` with who does what in it.
@@ -147,23 +150,46 @@ impl Scheduler {
         if !plan.is_empty() {
             budget = budget.min(self.limits.max_prefill_beside_decode);
         }
-        let mut sequence = 0;
-        while sequence < self.running.len() && budget > 0 {
-            let candidate = &self.running[sequence];
-            let planned = plan.iter().any(|slice| slice.sequence == sequence);
-            let mut n_tokens = candidate.n_pending().min(budget);
-            if candidate.wants_every_row() {
+        for (sequence, mut n_tokens) in self.share_prefill(budget, plan) {
+            // Making room for one may have sent the last ones back to the queue.
+            let Some(candidate) = self.running.get(sequence) else { break };
+            let every_row = candidate.wants_every_row();
+            if every_row {
                 n_tokens = n_tokens.min(logit_budget);
             }
-            if !planned && n_tokens > 0 && self.add_slice(sequence, n_tokens, batch, plan) {
-                budget -= n_tokens;
-                if self.running[sequence].wants_every_row() {
-                    logit_budget -= n_tokens;
-                }
+            if n_tokens > 0 && self.add_slice(sequence, n_tokens, batch, plan) && every_row {
+                logit_budget -= n_tokens;
             }
-            sequence += 1;
         }
         Ok(())
+    }
+
+    /// Divides a step's prompt tokens among the sequences that are not in it yet, in their order.
+    ///
+    /// Higher priorities come first. Among equals those with the least left to compute do, so that a
+    /// short prompt never waits for a long one; a quarter is kept for the one that came first, so
+    /// that a stream of short prompts never stops a long one.
+    fn share_prefill(&self, mut budget: usize, plan: &[PlannedSlice]) -> Vec<(usize, usize)> {
+        let planned = |sequence: usize| plan.iter().any(|slice| slice.sequence == sequence);
+        let open: Vec<usize> = (0..self.running.len()).filter(|&i| !planned(i)).collect();
+        let mut shares: Vec<(usize, usize)> = open.iter().map(|&i| (i, 0)).collect();
+        let mut start = 0;
+        for class in open.chunk_by(|&a, &b| self.running[a].priority == self.running[b].priority) {
+            let shares = &mut shares[start..start + class.len()];
+            start += class.len();
+            let pending = |i: usize| self.running[class[i]].n_pending();
+            let kept = pending(0).min(budget.div_ceil(4));
+            shares[0].1 = kept;
+            budget -= kept;
+            let mut by_length: Vec<usize> = (0..class.len()).collect();
+            by_length.sort_by_key(|&i| pending(i));
+            for i in by_length {
+                let more = (pending(i) - shares[i].1).min(budget);
+                shares[i].1 += more;
+                budget -= more;
+            }
+        }
+        shares
     }
 
     /// Lets decoding sequences guess ahead, while a step has room to verify guesses.
@@ -179,8 +205,13 @@ impl Scheduler {
             sequence.guess.clear();
             let positions = self.limits.max_positions.saturating_sub(sequence.tokens.len() + 1);
             let max = share.min(positions).min(sequence.n_guessable());
+            if !decoding(sequence) {
+                continue;
+            }
+            // What a grammar forces needs no guessing: it is always right.
+            sequence.guess = sequence.forced(max);
             match &mut draft {
-                _ if !decoding(sequence) => {}
+                _ if !sequence.guess.is_empty() => {}
                 Some(draft) => draft.guess(sequence, max, &mut self.pool)?,
                 None if self.limits.speculate => {
                     sequence.guess = sequence.lookup.guess(&sequence.tokens, max);
@@ -193,15 +224,26 @@ impl Scheduler {
 
     /// Moves waiting sequences into the running set while there is room.
     fn admit(&mut self) {
-        while self.running.len() < self.limits.max_sequences && !self.waiting.is_empty() {
-            let first = &self.waiting[0];
-            // A sequence enters when its prompt fits into what is free now, so that it does not
-            // push out another one at once. Alone, it may always enter.
-            let blocks_needed = (first.tokens.len() + 1).div_ceil(self.pool.block_tokens());
-            if !self.running.is_empty() && blocks_needed > self.pool.n_available() {
+        let block_tokens = self.pool.block_tokens();
+        let mut next = 0;
+        while self.running.len() < self.limits.max_sequences && next < self.waiting.len() {
+            let candidate = &self.waiting[next];
+            if next < MAX_SKIPPED
+                && self.running.iter().any(|s| s.computes_for(candidate, block_tokens))
+            {
+                next += 1; // Soon it finds its beginning in the cache instead of computing it too.
+                continue;
+            }
+            // A sequence enters when its prompt fits into what is free and not spoken for, so that
+            // it does not push out another one at once. Alone, it may always enter.
+            let needed = |s: &Sequence| (s.tokens.len() + 1).div_ceil(block_tokens);
+            let promised = |s: &Sequence| needed(s).saturating_sub(s.n_blocks());
+            let promised: usize = self.running.iter().map(promised).sum();
+            let fits = needed(candidate) + promised <= self.pool.n_available();
+            if !self.running.is_empty() && !fits {
                 break;
             }
-            let mut sequence = self.waiting.pop_front().expect("checked above");
+            let mut sequence = self.waiting.remove(next).expect("checked above");
             sequence.start(&mut self.pool);
             let at = self.running.partition_point(|s| {
                 (-s.priority, s.ticket) < (-sequence.priority, sequence.ticket)
@@ -259,3 +301,6 @@ impl Scheduler {
         self.submit(victim);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::backend::SequenceSlice;
 
+use crate::error::Result;
 use crate::kv_blocks::{BlockId, BlockPool, Prefix};
 use crate::request::{Event, EventSender, FinishReason, Goal, Request, Usage};
 use crate::speculate::PromptLookup;
@@ -94,6 +95,24 @@ impl Sequence {
         matches!(self.goal, Goal::Logits { all: true } | Goal::Score { .. })
     }
 
+    /// Blocks of the cache it holds.
+    pub(crate) fn n_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether the prompt of this running sequence is about to fill a block that `other` can start
+    /// from, instead of computing the same.
+    pub(crate) fn computes_for(&self, other: &Self, block_tokens: usize) -> bool {
+        // One token more than this block takes must be left in both: it is the one to compute.
+        let end = self.n_computed / block_tokens * block_tokens + block_tokens;
+        let is_prefill = end <= self.n_prompt && end < other.tokens.len();
+        is_prefill
+            && self.priority >= other.priority
+            && !other.wants_every_row()
+            && self.cache_salt == other.cache_salt
+            && self.tokens[..end] == other.tokens[..end]
+    }
+
     /// Enters the running set: takes over what earlier requests computed of its prompt.
     pub(crate) fn start(&mut self, pool: &mut BlockPool) {
         debug_assert!(self.blocks.is_empty() && self.n_computed == 0);
@@ -147,6 +166,16 @@ impl Sequence {
         }
     }
 
+    /// Up to `max` tokens that must come next, if what the answer is held to leaves no choice.
+    pub(crate) fn forced(&mut self, max: usize) -> Vec<u32> {
+        match &mut self.goal {
+            Goal::Generate(continuation) if max > 0 => {
+                continuation.constraint.as_mut().map_or(Vec::new(), |c| c.forced(max))
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Notes that `n_tokens` more are in the cache and publishes the blocks they filled.
     pub(crate) fn advance(&mut self, n_tokens: usize, pool: &mut BlockPool) {
         self.n_computed += n_tokens;
@@ -197,8 +226,11 @@ impl Sequence {
         }
     }
 
-    pub(crate) fn finish(&mut self, reason: FinishReason, pool: &mut BlockPool) {
+    pub(crate) fn finish(&mut self, outcome: Result<FinishReason>, pool: &mut BlockPool) {
         self.yield_memory(pool);
-        self.send(Event::Finished(reason, self.usage()));
+        self.send(match outcome {
+            Ok(reason) => Event::Finished(reason, self.usage()),
+            Err(error) => Event::Failed(error),
+        });
     }
 }

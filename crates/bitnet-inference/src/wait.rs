@@ -26,3 +26,19 @@ pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
         }
     }
 }
+
+/// Runs futures beside each other to their ends on the calling thread; results in their order.
+pub(crate) fn block_on_all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+    let mut open: Vec<_> = futures.into_iter().map(Box::pin).map(Some).collect();
+    let mut outputs: Vec<Option<F::Output>> = open.iter().map(|_| None).collect();
+    block_on(std::future::poll_fn(|context| {
+        for (future, output) in open.iter_mut().zip(&mut outputs) {
+            if let Some(Poll::Ready(done)) = future.as_mut().map(|f| f.as_mut().poll(context)) {
+                *output = Some(done);
+                *future = None;
+            }
+        }
+        if open.iter().all(Option::is_none) { Poll::Ready(()) } else { Poll::Pending }
+    }));
+    outputs.into_iter().map(|output| output.expect("every future has ended")).collect()
+}

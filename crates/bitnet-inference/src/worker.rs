@@ -4,6 +4,7 @@
 //! requests over a channel and receive events over one channel per request; dropping the receiver
 //! cancels the request before the next step.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
@@ -15,9 +16,12 @@ use futures_channel::{mpsc as events, oneshot};
 
 use crate::backend::InferenceBackend;
 use crate::draft::Draft;
+use crate::embed::{EmbeddingJob, Pooling};
 use crate::error::{InferenceError, Result};
 use crate::kv_blocks::BlockPool;
-use crate::request::{Event, EventSender, FinishReason, GeneratedToken, Goal, Request};
+use crate::request::{
+    Continuation, Event, EventSender, FinishReason, GeneratedToken, Goal, Request,
+};
 use crate::scheduler::{PlannedSlice, Scheduler, StepLimits};
 use crate::score::with_alternatives;
 use crate::sequence::Sequence;
@@ -28,8 +32,10 @@ pub(crate) struct WorkerLimits {
     pub(crate) step: StepLimits,
     /// Requests that may wait; one more is refused.
     pub(crate) max_waiting: usize,
-    /// Positions a sequence may reach: the context length.
+    /// Positions a sequence may reach: the context length, or what the cache holds if that is less.
     pub(crate) max_positions: usize,
+    /// The context length.
+    pub(crate) context: usize,
     pub(crate) vocab_size: usize,
 }
 
@@ -48,6 +54,7 @@ pub(crate) struct Place {
 enum Command {
     Submit(Request, EventSender, Instant),
     HiddenStates(Vec<u32>, oneshot::Sender<Result<Vec<Vec<f32>>>>),
+    Embed(EmbeddingJob),
     Stop,
 }
 
@@ -102,6 +109,7 @@ impl Worker {
             batch: Batch::default(),
             plan: Vec::new(),
             logits: Vec::new(),
+            embeddings: VecDeque::new(),
             next_ticket: 0,
             n_waiting_reported: 0,
         };
@@ -160,21 +168,44 @@ impl Worker {
         crate::wait::block_on(receiver).map_err(|_| InferenceError::stopped())?
     }
 
+    /// Hands a text over to be embedded; `width` is the model's hidden size.
+    pub(crate) fn embed(
+        &self,
+        tokens: Vec<u32>,
+        pooling: Pooling,
+        width: usize,
+    ) -> Result<oneshot::Receiver<Result<Vec<f32>>>> {
+        self.check_tokens(&tokens, 0)?;
+        let (sender, receiver) = oneshot::channel();
+        let job = EmbeddingJob::new(tokens, pooling, width, sender);
+        self.commands.send(Command::Embed(job)).map_err(|_| InferenceError::stopped())?;
+        Ok(receiver)
+    }
+
     fn check(&self, request: &Request) -> Result<()> {
+        let generates = usize::from(matches!(request.goal, Goal::Generate(_)));
+        self.check_tokens(&request.tokens, generates)
+    }
+
+    /// Refuses tokens that can never be computed, with room for `more` behind them.
+    fn check_tokens(&self, tokens: &[u32], more: usize) -> Result<()> {
         if self.has_failed() {
             return Err(InferenceError::stopped());
         }
-        let n_tokens = request.tokens.len();
-        let generates = usize::from(matches!(request.goal, Goal::Generate(_)));
+        let n_tokens = tokens.len();
         let longest = self.limits.max_positions;
         if n_tokens == 0 {
             return Err(InferenceError::input("prompt", "at least one token", "an empty prompt"));
         }
-        if n_tokens + generates > longest {
-            let expected = format!("at most {} tokens (context {longest})", longest - generates);
+        if n_tokens + more > longest {
+            let why = match longest < self.limits.context {
+                true => "what the KV cache has memory for",
+                false => "the context",
+            };
+            let expected = format!("at most {} tokens ({why}: {longest})", longest - more);
             return Err(InferenceError::input("prompt", expected, format!("{n_tokens} tokens")));
         }
-        self.check_ids(&request.tokens)
+        self.check_ids(tokens)
     }
 
     fn check_ids(&self, tokens: &[u32]) -> Result<()> {
@@ -210,6 +241,8 @@ struct WorkerThread {
     batch: Batch,
     plan: Vec<PlannedSlice>,
     logits: Vec<f32>,
+    /// Texts to embed, one after the other, a chunk beside each step.
+    embeddings: VecDeque<EmbeddingJob>,
     next_ticket: u64,
     /// Requests taken from the channel or queued, as last reported in the counters.
     n_waiting_reported: u64,
@@ -218,7 +251,7 @@ struct WorkerThread {
 impl WorkerThread {
     fn run(&mut self, inbox: &mpsc::Receiver<Command>) {
         loop {
-            if self.scheduler.is_idle() {
+            if self.scheduler.is_idle() && self.embeddings.is_empty() {
                 match inbox.recv() {
                     Ok(Command::Stop) | Err(_) => return,
                     Ok(command) => self.obey(command),
@@ -247,6 +280,9 @@ impl WorkerThread {
             for sequence in self.scheduler.drain() {
                 sequence.send(Event::Failed(error.clone()));
             }
+            for job in self.embeddings.drain(..) {
+                job.finish(Err(error.clone()));
+            }
             return;
         }
     }
@@ -263,6 +299,7 @@ impl WorkerThread {
             Command::HiddenStates(tokens, reply) => {
                 let _ = reply.send(self.hidden_states(tokens));
             }
+            Command::Embed(job) => self.embeddings.push_back(job),
             Command::Stop => {}
         }
     }
@@ -277,10 +314,11 @@ impl WorkerThread {
             self.hand_out();
             self.stats.steps.fetch_add(1, Ordering::Relaxed);
             self.stats.tokens_computed.fetch_add(self.batch.tokens.len() as u64, Ordering::Relaxed);
-        } else if !self.scheduler.is_idle() {
+        } else if !self.scheduler.is_idle() && self.embeddings.is_empty() {
             // Every admitted sequence fits alone, so this cannot happen; spinning would hide it.
             return Err(bitnet_core::Error::invalid("scheduler", "no sequence can run"));
         }
+        self.embed_chunk()?;
         self.publish_stats();
         Ok(())
     }
@@ -301,7 +339,58 @@ impl WorkerThread {
         let memory = self.backend.get_memory_usage();
         // There is one spare, so this is the only time.
         let _ = self.moved.set(Place { device, memory, notice: Some(notice) });
+        for job in &mut self.embeddings {
+            job.start_over(&mut self.scheduler.pool);
+        }
         self.scheduler.start_over();
+        Ok(())
+    }
+
+    /// Computes the next tokens of the embedding whose turn it is, if there is memory for it.
+    fn embed_chunk(&mut self) -> bitnet_core::Result<()> {
+        let pool = &mut self.scheduler.pool;
+        let Some(mut job) = self.embeddings.pop_front() else { return Ok(()) };
+        if job.is_abandoned() {
+            pool.release(job.blocks);
+            return Ok(());
+        }
+        let block_tokens = pool.block_tokens();
+        let needed = job.tokens.len().div_ceil(block_tokens);
+        if job.blocks.is_empty() {
+            if needed > pool.n_available() {
+                self.embeddings.push_front(job); // Sequences will leave.
+                return Ok(());
+            }
+            job.blocks.extend((0..needed).map_while(|_| pool.allocate()));
+        }
+        let limit = match self.scheduler.running.is_empty() {
+            true => self.limits.step.max_tokens,
+            false => self.limits.step.max_prefill_beside_decode,
+        };
+        let range = job.n_computed..job.tokens.len().min(job.n_computed + limit);
+        let slice = SequenceSlice {
+            rows: 0..range.len(),
+            first_position: range.start,
+            blocks: job.blocks[..range.end.div_ceil(block_tokens)].to_vec(),
+        };
+        let batch = Batch {
+            tokens: job.tokens[range.clone()].to_vec(),
+            sequences: vec![slice],
+            logit_rows: Vec::new(),
+            n_best: None,
+        };
+        let mut states = Vec::new();
+        if let Err(error) = self.backend.final_states(&batch, &mut states) {
+            self.embeddings.push_front(job); // Another device may take over.
+            return Err(error);
+        }
+        job.take(range.len(), &states);
+        if job.n_computed == job.tokens.len() {
+            self.scheduler.pool.release(std::mem::take(&mut job.blocks));
+            job.finish(Ok(()));
+        } else {
+            self.embeddings.push_front(job);
+        }
         Ok(())
     }
 
@@ -309,6 +398,8 @@ impl WorkerThread {
     fn best_wanted(&self) -> Option<usize> {
         let with_logits = self.plan.iter().filter(|slice| !slice.logit_rows.is_empty());
         let wanted = with_logits.map(|slice| match &self.scheduler.running[slice.sequence].goal {
+            // Among the best there may be none that is allowed.
+            Goal::Generate(continuation) if continuation.constraint.is_some() => None,
             Goal::Generate(continuation) => continuation.sampler.n_best(),
             Goal::Logits { .. } | Goal::Score { .. } => None,
         });
@@ -348,23 +439,23 @@ impl WorkerThread {
                     for row in rows.chunks_exact(vocab_size).skip(known) {
                         sequence.send(Event::Logits(row.to_vec()));
                     }
-                    (sequence.n_pending() == 0).then_some(FinishReason::Stop)
+                    (sequence.n_pending() == 0).then_some(Ok(FinishReason::Stop))
                 }
                 Goal::Score { top } => {
                     let next = &sequence.tokens[(first_position + 1).min(sequence.tokens.len())..];
                     for (row, &token) in rows.chunks_exact(vocab_size).zip(next).skip(known) {
                         sequence.send(Event::Score(with_alternatives(row, token, *top)));
                     }
-                    (sequence.n_pending() == 0).then_some(FinishReason::Stop)
+                    (sequence.n_pending() == 0).then_some(Ok(FinishReason::Stop))
                 }
             };
-            if let Some(reason) = end {
-                finished.push((slice.sequence, reason));
+            if let Some(outcome) = end {
+                finished.push((slice.sequence, outcome));
             }
         }
         finished.sort_by_key(|(sequence, _)| std::cmp::Reverse(*sequence));
-        for (sequence, reason) in finished {
-            self.scheduler.finish(sequence, reason);
+        for (sequence, outcome) in finished {
+            self.scheduler.finish(sequence, outcome);
         }
     }
 
@@ -403,16 +494,16 @@ impl WorkerThread {
 }
 
 /// Samples the next token of a sequence, and the ones after it as far as `guess` was right. Returns
-/// how many guessed tokens were right, and a reason to end.
+/// how many guessed tokens were right, and the end if this was it.
 fn next_tokens(
     sequence: &mut Sequence,
     rows: &mut [f32],
     guess: &[u32],
     vocab_size: usize,
     max_positions: usize,
-) -> (usize, Option<FinishReason>) {
+) -> (usize, Option<Result<FinishReason>>) {
     for (i, logits) in rows.chunks_exact_mut(vocab_size).enumerate() {
-        let end = next_token(sequence, logits, max_positions);
+        let end = next_token(sequence, logits, max_positions).transpose();
         let right = end.is_none() && guess.get(i) == sequence.tokens.last();
         if !right {
             return (i, end);
@@ -422,32 +513,50 @@ fn next_tokens(
 }
 
 /// Samples the next token of a sequence; a reason to end, if this was its last one.
+///
+/// # Errors
+/// No token belongs to what the answer is held to.
 fn next_token(
     sequence: &mut Sequence,
     logits: &mut [f32],
     max_positions: usize,
-) -> Option<FinishReason> {
-    let Goal::Generate(continuation) = &mut sequence.goal else { return None };
-    let max_tokens = continuation.max_tokens;
+) -> Result<Option<FinishReason>> {
+    let Goal::Generate(continuation) = &mut sequence.goal else { return Ok(None) };
+    let Continuation { sampler, constraint, max_tokens, ending_tokens } = &mut **continuation;
+    let max_tokens = *max_tokens;
     if max_tokens == 0 {
-        return Some(FinishReason::Length);
+        return Ok(Some(FinishReason::Length));
     }
-    let Ok(sampled) = continuation.sampler.sample(logits) else {
-        return Some(FinishReason::Stop); // Every token is forbidden: there is nothing to say.
+    let sampled = match constraint {
+        None => match sampler.sample(logits) {
+            Ok(sampled) => sampled,
+            // Every token is forbidden: there is nothing to say.
+            Err(_) => return Ok(Some(FinishReason::Stop)),
+        },
+        Some(constraint) => {
+            let allowed = constraint.allowed()?;
+            let sampled = sampler.sample_among(logits, |id| allowed.contains(id));
+            sampled.map_err(|e| {
+                InferenceError::input("grammar", "an answer that can be completed", e)
+            })?
+        }
     };
-    continuation.sampler.accept(sampled.token);
-    let ended = continuation.ending_tokens.contains(&sampled.token);
+    sampler.accept(sampled.token);
+    let mut ended = ending_tokens.contains(&sampled.token);
+    if !ended && let Some(constraint) = constraint {
+        ended = constraint.accept(sampled.token)?;
+    }
     sequence.tokens.push(sampled.token);
     sequence.note_token();
     let token =
         GeneratedToken { id: sampled.token, logprob: sampled.logprob, top_logprobs: sampled.top };
     sequence.send(Event::Token(token, sequence.usage()));
     if ended {
-        Some(FinishReason::Stop)
+        Ok(Some(FinishReason::Stop))
     } else if sequence.n_generated() >= max_tokens || sequence.tokens.len() >= max_positions {
-        Some(FinishReason::Length)
+        Ok(Some(FinishReason::Length))
     } else {
-        None
+        Ok(None)
     }
 }
 

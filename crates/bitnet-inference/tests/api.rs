@@ -158,6 +158,57 @@ fn streamed_text_is_the_collected_text_and_a_seed_repeats_it() {
 }
 
 #[test]
+fn choices_are_what_each_is_alone_and_their_prompt_is_computed_once() {
+    let engine = engine();
+    let model = builtin(&engine);
+    let prompt: Vec<u32> = (0..300).map(|i| i * 11 % 4000).collect();
+    let options = GenerationOptions::default().seed(5).max_tokens(6).ignore_eos(true);
+    let before = model.stats().tokens_computed;
+    let choices = engine.generate_choices_blocking(&model, prompt.clone(), &options, 6).unwrap();
+    let computed = model.stats().tokens_computed - before;
+    assert!(computed < 300 + 6 * (32 + 6), "{computed} tokens for 6 answers");
+    for (i, choice) in choices.iter().enumerate() {
+        let alone = options.for_choice(i as u64);
+        let alone = engine.generate_blocking(&model, prompt.clone(), &alone).unwrap();
+        assert_eq!(choice.tokens, alone.tokens);
+    }
+    assert_ne!(choices[0].tokens, choices[1].tokens);
+}
+
+#[test]
+fn an_answer_that_fits_a_schema_is_computed_in_fewer_steps_than_it_has_tokens() {
+    let engine = engine();
+    let model = builtin(&engine);
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "a_rather_long_name": {"enum": ["fox", "king"]},
+            "another_long_name": {"type": "integer", "minimum": 1, "maximum": 9},
+        },
+        "required": ["a_rather_long_name", "another_long_name"],
+        "additionalProperties": false,
+    });
+    let options = GenerationOptions::default()
+        .seed(3)
+        .max_tokens(120)
+        .grammar(bitnet_inference::Grammar::JsonSchema(schema));
+    let before = model.stats().steps;
+    let answer = engine.generate_blocking(&model, "Who is it?", &options).unwrap();
+    let steps = model.stats().steps - before;
+    let value: serde_json::Value = serde_json::from_str(&answer.text).unwrap();
+    assert!(["fox", "king"].contains(&value["a_rather_long_name"].as_str().unwrap()));
+    assert_eq!(answer.finish_reason, FinishReason::Stop);
+    assert!(
+        (steps as usize) < answer.tokens.len(),
+        "{steps} steps, {} tokens",
+        answer.tokens.len()
+    );
+    let bad = options.grammar(bitnet_inference::Grammar::Regex("(".into()));
+    let error = engine.generate_blocking(&model, "x", &bad).unwrap_err();
+    assert!(error.to_string().contains("grammar"), "{error}");
+}
+
+#[test]
 fn stop_strings_end_the_text_before_themselves() {
     let engine = engine();
     let model = builtin(&engine);

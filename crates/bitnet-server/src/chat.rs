@@ -3,11 +3,11 @@
 //! With the model's chat template if it has one. A model without one is a plain language model: the
 //! texts of the conversation, one below the other, are its prompt and it writes on from there.
 
-use bitnet_inference::Model;
 use bitnet_inference::tokenizer::EncodeOptions;
+use bitnet_inference::{ChatOptions, Message, Model};
 use serde_json::{Value, json};
 
-use crate::error::Result;
+use crate::error::{ApiError, Result};
 use crate::text::encode;
 
 /// Who speaks.
@@ -86,7 +86,10 @@ pub(crate) fn prompt(
     open: bool,
 ) -> Result<Vec<u32>> {
     let tools = if with_tools { &conversation.tools[..] } else { &[] };
-    let _ = open;
+    if model.has_chat_template() {
+        let (messages, options) = for_template(model, conversation, tools, open)?;
+        return Ok(model.chat_prompt(&messages, &options)?.tokens(model)?);
+    }
     encode(model, &plain(&with_tools_in_text(conversation, tools)), EncodeOptions::PROMPT)
 }
 
@@ -101,8 +104,53 @@ pub(crate) fn render(
     open: bool,
 ) -> Result<String> {
     let tools = if with_tools { &conversation.tools[..] } else { &[] };
-    let _ = (model, open);
+    if model.has_chat_template() {
+        let (messages, options) = for_template(model, conversation, tools, open)?;
+        return model.chat_template()?.render(&messages, &options).map_err(|error| {
+            ApiError::invalid("messages", "what the chat template accepts", error)
+        });
+    }
     Ok(plain(&with_tools_in_text(conversation, tools)))
+}
+
+/// What a chat template gets. Tools and calls go in the fields templates read them from, if this one
+/// reads them at all, and are written out in the texts otherwise.
+fn for_template(
+    model: &Model,
+    conversation: &Conversation,
+    tools: &[Tool],
+    open: bool,
+) -> Result<(Vec<Message>, ChatOptions)> {
+    let template = model.chat_template()?;
+    let options = ChatOptions { add_generation_prompt: open, ..ChatOptions::default() };
+    if template.mentions("tools") {
+        let messages = conversation.turns.iter().map(message).collect();
+        let tools = tools.iter().map(tool_value).collect();
+        return Ok((messages, ChatOptions { tools, ..options }));
+    }
+    // Templates that do not know the role of tools refuse it.
+    let role = |role: Role| if role == Role::Tool { Role::User.name() } else { role.name() };
+    let turns = with_tools_in_text(conversation, tools);
+    let messages = turns.into_iter().map(|turn| Message::new(role(turn.role), turn.text)).collect();
+    Ok((messages, options))
+}
+
+/// A turn as templates that know tools expect it.
+fn message(turn: &Turn) -> Message {
+    let mut message = Message::new(turn.role.name(), turn.text.as_str());
+    let call = |call: &Call| {
+        // Templates write arguments out themselves, so they want the object and not its text.
+        let arguments: Value = serde_json::from_str(&call.arguments).unwrap_or_else(|_| json!({}));
+        let function = json!({"name": call.name, "arguments": arguments});
+        json!({"id": call.id, "type": "function", "function": function})
+    };
+    if !turn.calls.is_empty() {
+        message.extra.insert("tool_calls".into(), turn.calls.iter().map(call).collect());
+    }
+    if let Some(id) = &turn.answers {
+        message.extra.insert("tool_call_id".into(), json!(id));
+    }
+    message
 }
 
 /// The texts, one below the other: what a model without a template writes on from.

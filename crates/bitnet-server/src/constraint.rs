@@ -1,25 +1,33 @@
-//! What the text of an answer is held to.
+//! What the text of an answer is held to, and the field that asked for it.
 
-use serde_json::Value;
+use bitnet_inference::{Grammar, InferenceError, Model};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Result};
 
-/// A language the answer must belong to, and the field that asked for it.
+/// A language the answer must belong to.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Constraint {
-    /// JSON that fits the schema of a response format.
-    Format(Value),
-    /// One call of a tool, `{"name": …, "arguments": …}`.
-    Call(Value),
+pub(crate) struct Constraint {
+    pub(crate) grammar: Grammar,
+    /// The field that asked for it.
+    pub(crate) param: &'static str,
 }
 
 impl Constraint {
-    /// Refuses what the engine cannot hold an answer to.
-    pub(crate) fn unsupported(&self) -> ApiError {
-        let why = "this build cannot hold answers to a grammar";
-        match self {
-            Self::Format(_) => ApiError::unsupported("response_format", why),
-            Self::Call(_) => ApiError::unsupported("tool_choice", why),
+    /// Compiles it, so that the generations that follow start at once.
+    ///
+    /// # Errors
+    /// A grammar the engine cannot hold answers to.
+    pub(crate) fn prepare(&self, model: &Model) -> Result<()> {
+        model.prepare_grammar(&self.grammar).map_err(|error| self.refusal(error))
+    }
+
+    /// The error of the engine, under the name of the field if it is about the grammar.
+    pub(crate) fn refusal(&self, error: InferenceError) -> ApiError {
+        match error {
+            InferenceError::Input { field, expected, got } if field == "grammar" => {
+                ApiError::invalid(self.param, &expected, got)
+            }
+            other => other.into(),
         }
     }
 }

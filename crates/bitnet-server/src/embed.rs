@@ -2,23 +2,14 @@
 
 use std::sync::Arc;
 
-use bitnet_inference::Model;
 use bitnet_inference::tokenizer::{AddSpecial, EncodeOptions};
+use bitnet_inference::{Embedding, InferenceInput, Pooling};
 
 use crate::error::{ApiError, Result};
 use crate::openai::types::Prompt;
+use crate::run::within_limits;
 use crate::state::{AppState, Caller};
 use crate::text::{check_ids, encode};
-
-/// How the states of a text's tokens become one vector.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Pooling {
-    /// Their mean.
-    #[default]
-    Mean,
-    /// The last one.
-    Last,
-}
 
 /// Vectors, and what they took.
 #[derive(Debug)]
@@ -52,63 +43,26 @@ pub(crate) async fn embed(
     let (mut vectors, mut n_tokens) = (Vec::with_capacity(inputs.len()), 0);
     // One by one, so that a client that leaves stops the rest.
     for input in inputs {
-        let model = model.clone();
-        let (vector, n) = state.compute(move || embed_one(&model, input, pooling)).await?;
+        let of = model.clone();
+        let tokens = state.compute(move || match input {
+            Prompt::Text(text) => {
+                let whole = EncodeOptions { add: AddSpecial::Both, parse_special: false };
+                encode(&of, &text, whole)
+            }
+            Prompt::Tokens(tokens) => check_ids(&of, "input", &tokens).map(|()| tokens),
+        });
+        let input = InferenceInput::Tokens(tokens.await?);
+        let embedding = async {
+            let embedding = state.engine().embed(&model, &input, pooling).await;
+            embedding.map_err(|error| {
+                let error = ApiError::from(error);
+                ApiError { param: error.param.as_ref().map(|_| "input".into()), ..error }
+            })
+        };
+        let Embedding { vector, n_tokens: n } = within_limits(state, caller, embedding).await?;
         vectors.push(vector);
         n_tokens += n;
     }
     span.record("gen_ai.usage.input_tokens", n_tokens);
     Ok(Embedded { model_name: entry.name.clone(), vectors, n_tokens })
-}
-
-fn embed_one(model: &Model, input: Prompt, pooling: Pooling) -> Result<(Vec<f32>, usize)> {
-    let tokens = match input {
-        Prompt::Text(text) => {
-            let whole = EncodeOptions { add: AddSpecial::Both, parse_special: false };
-            encode(model, &text, whole)?
-        }
-        Prompt::Tokens(tokens) => tokens,
-    };
-    check_ids(model, "input", &tokens)?;
-    if tokens.is_empty() {
-        return Err(ApiError::invalid("input", "at least one token", "an empty input"));
-    }
-    let states = model.hidden_states(&tokens).map_err(|error| {
-        let mut error = ApiError::from(error);
-        if error.param.is_some() {
-            error.param = Some("input".into());
-        }
-        error
-    })?;
-    let rows = states.last().map_or(&[][..], Vec::as_slice);
-    Ok((pool(rows, model.get_input_dim(), pooling), tokens.len()))
-}
-
-/// One vector of length one from `(tokens, dim)` states.
-fn pool(rows: &[f32], dim: usize, pooling: Pooling) -> Vec<f32> {
-    let mut sums = vec![0f64; dim];
-    let n_rows = rows.len() / dim.max(1);
-    let first = if pooling == Pooling::Last { n_rows.saturating_sub(1) } else { 0 };
-    for row in rows.chunks_exact(dim.max(1)).skip(first) {
-        for (sum, &x) in sums.iter_mut().zip(row) {
-            *sum += f64::from(x);
-        }
-    }
-    // The division by the number of rows falls away in the length.
-    let length = sums.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let scale = if length > 0.0 { 1.0 / length } else { 0.0 };
-    sums.iter().map(|x| (x * scale) as f32).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn vectors_have_length_one() {
-        let rows = [3.0, 0.0, 0.0, 4.0];
-        assert_eq!(pool(&rows, 2, Pooling::Last), [0.0, 1.0]);
-        assert_eq!(pool(&rows, 2, Pooling::Mean), [0.6, 0.8]);
-        assert_eq!(pool(&[0.0, 0.0], 2, Pooling::Mean), [0.0, 0.0]);
-    }
 }

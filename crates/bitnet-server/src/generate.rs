@@ -1,8 +1,8 @@
 //! From a checked request to a running generation, for every wire format: model, prompt, options,
 //! and a place in the server.
 
-use bitnet_inference::Model;
 use bitnet_inference::tokenizer::EncodeOptions;
+use bitnet_inference::{Grammar, Model};
 use serde_json::{Value, json};
 
 use crate::chat::{self, Conversation, Tool};
@@ -31,10 +31,8 @@ pub(crate) enum ToolMode {
 pub(crate) enum Format {
     /// Anything.
     Text,
-    /// A JSON object.
-    JsonObject,
-    /// JSON that fits a schema.
-    JsonSchema(Value),
+    /// Something of a language.
+    Grammar(Grammar),
 }
 
 /// A request for the next turn of a conversation.
@@ -46,6 +44,8 @@ pub(crate) struct ChatJob {
     /// Calls one answer may make.
     pub(crate) max_calls: usize,
     pub(crate) format: Format,
+    /// The field that asked for the format.
+    pub(crate) format_param: &'static str,
     pub(crate) n: usize,
     pub(crate) max_tokens: Option<u32>,
     /// Most tokens of prompt and answer together.
@@ -68,6 +68,7 @@ impl ChatJob {
             tools: ToolMode::None,
             max_calls: usize::MAX,
             format: Format::Text,
+            format_param: "response_format",
             n: 1,
             max_tokens: None,
             context: None,
@@ -97,7 +98,11 @@ fn prepare_chat(model: Model, model_name: std::sync::Arc<str>, job: ChatJob) -> 
     let mut options = job.sampling.options(model.get_output_dim())?;
     options.max_tokens = job.max_tokens;
     options.logprobs = job.logprobs;
-    let constraint = chat_constraint(job.format, &job.tools, &job.conversation.tools);
+    let constraint =
+        chat_constraint(job.format, job.format_param, &job.tools, &job.conversation.tools);
+    if let Some(constraint) = &constraint {
+        constraint.prepare(&model)?;
+    }
     let shown = job.tools != ToolMode::None;
     let prompt = match (job.raw, job.conversation.turns.last()) {
         (true, Some(turn)) => encode(&model, &turn.text, EncodeOptions::PROMPT)?,
@@ -128,7 +133,12 @@ fn prepare_chat(model: Model, model_name: std::sync::Arc<str>, job: ChatJob) -> 
 }
 
 /// What the text of an answer is held to.
-fn chat_constraint(format: Format, mode: &ToolMode, tools: &[Tool]) -> Option<Constraint> {
+fn chat_constraint(
+    format: Format,
+    format_param: &'static str,
+    mode: &ToolMode,
+    tools: &[Tool],
+) -> Option<Constraint> {
     let call = |tool: &Tool| {
         json!({
             "type": "object",
@@ -137,20 +147,52 @@ fn chat_constraint(format: Format, mode: &ToolMode, tools: &[Tool]) -> Option<Co
             "additionalProperties": false,
         })
     };
-    let schema = match mode {
+    let calls = match mode {
         ToolMode::None | ToolMode::Auto => {
             return match format {
                 Format::Text => None,
-                Format::JsonObject => Some(Constraint::Format(json!({"type": "object"}))),
-                Format::JsonSchema(schema) => Some(Constraint::Format(schema)),
+                Format::Grammar(grammar) => Some(Constraint { grammar, param: format_param }),
             };
         }
-        ToolMode::Required => json!({"anyOf": tools.iter().map(call).collect::<Vec<_>>()}),
-        ToolMode::Named(name) => {
-            json!({"anyOf": tools.iter().filter(|tool| tool.name == *name).map(call).collect::<Vec<_>>()})
-        }
+        ToolMode::Required => tools.iter().map(call).collect::<Vec<_>>(),
+        ToolMode::Named(name) => tools.iter().filter(|tool| tool.name == *name).map(call).collect(),
     };
-    Some(Constraint::Call(schema))
+    let grammar = Grammar::JsonSchema(with_root_definitions(calls));
+    Some(Constraint { grammar, param: "tools" })
+}
+
+/// A schema of any of these calls. References inside a tool's schema start at its own root, so its
+/// definitions move to the root of the whole under names of their own.
+fn with_root_definitions(mut calls: Vec<Value>) -> Value {
+    let mut definitions = serde_json::Map::new();
+    for (i, call) in calls.iter_mut().enumerate() {
+        let arguments = &mut call["properties"]["arguments"];
+        let name = format!("tool{i}");
+        let mut moved = arguments.take();
+        rebase_references(&mut moved, &format!("#/$defs/{name}"));
+        *arguments = json!({"$ref": format!("#/$defs/{name}")});
+        definitions.insert(name, moved);
+    }
+    json!({"anyOf": calls, "$defs": definitions})
+}
+
+/// Lets every local reference in `schema` start at `root`.
+fn rebase_references(schema: &mut Value, root: &str) {
+    // Requests are at most 128 levels deep: the JSON reader sees to it.
+    match schema {
+        Value::Array(items) => items.iter_mut().for_each(|item| rebase_references(item, root)),
+        Value::Object(members) => {
+            for (key, value) in members {
+                match value {
+                    Value::String(target) if key == "$ref" && target.starts_with('#') => {
+                        target.replace_range(..1, root);
+                    }
+                    value => rebase_references(value, root),
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
 /// A count from 1 to `max`.
@@ -265,16 +307,23 @@ mod tests {
 
     #[test]
     fn forced_calls_are_held_to_the_tools() {
+        let node = json!({
+            "type": "object",
+            "properties": {"next": {"$ref": "#"}, "leaf": {"$ref": "#/$defs/leaf"}},
+            "$defs": {"leaf": {"type": "string"}},
+        });
         let tools = [
             tool("", "", "f".into(), None, None).unwrap(),
-            tool("", "", "g".into(), None, None).unwrap(),
+            tool("", "", "g".into(), None, Some(node)).unwrap(),
         ];
         let named = ToolMode::Named("g".into());
-        let Some(Constraint::Call(schema)) = chat_constraint(Format::Text, &named, &tools) else {
-            panic!("a named tool needs a constraint")
-        };
+        let constraint = chat_constraint(Format::Text, "", &named, &tools).unwrap();
+        let Grammar::JsonSchema(schema) = constraint.grammar else { panic!("not a schema") };
         assert_eq!(schema["anyOf"].as_array().unwrap().len(), 1);
         assert_eq!(schema["anyOf"][0]["properties"]["name"]["const"], "g");
-        assert_eq!(chat_constraint(Format::Text, &ToolMode::Auto, &tools), None);
+        let moved = &schema["$defs"]["tool0"];
+        assert_eq!(moved["properties"]["next"]["$ref"], "#/$defs/tool0");
+        assert_eq!(moved["properties"]["leaf"]["$ref"], "#/$defs/tool0/$defs/leaf");
+        assert_eq!(chat_constraint(Format::Text, "", &ToolMode::Auto, &tools), None);
     }
 }

@@ -26,6 +26,7 @@
 mod anthropic;
 mod anthropic_stream;
 mod auth;
+mod batch;
 mod chat;
 pub mod config;
 mod constraint;
@@ -66,6 +67,7 @@ use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
+pub use batch::{BatchAnswer, BatchLines};
 pub use config::{Limits, Listen, ServerConfig};
 pub use lifecycle::{Lifecycle, Phase};
 #[cfg(feature = "otel")]

@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use bitnet_inference::{Grammar, Pooling};
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::chat::{Call, Conversation, Role, Turn};
-use crate::embed::{Pooling, embed};
+use crate::embed::embed;
 use crate::error::{ApiError, Result};
 use crate::generate::{self, ChatJob, Format, ToolMode};
 use crate::json::AnyJson;
@@ -366,6 +367,7 @@ fn job(
         raw,
         tools,
         format: read_format(format)?,
+        format_param: "format",
         ..ChatJob::new(model, conversation, sampling)
     })
 }
@@ -374,8 +376,8 @@ fn read_format(format: Option<Value>) -> Result<Format> {
     match format {
         None => Ok(Format::Text),
         Some(Value::String(name)) if name.is_empty() => Ok(Format::Text),
-        Some(Value::String(name)) if name == "json" => Ok(Format::JsonObject),
-        Some(schema @ Value::Object(_)) => Ok(Format::JsonSchema(schema)),
+        Some(Value::String(name)) if name == "json" => Ok(Format::Grammar(Grammar::json_object())),
+        Some(schema @ Value::Object(_)) => Ok(Format::Grammar(Grammar::JsonSchema(schema))),
         Some(_) => Err(ApiError::field("format", "`format`: expected `json` or a JSON schema")),
     }
 }

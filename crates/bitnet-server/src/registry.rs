@@ -96,7 +96,7 @@ impl Registry {
     pub(crate) async fn model(&self, entry: &Entry) -> Result<Model> {
         if let Some(model) = self.engine.loaded_model(&entry.path) {
             entry.log_warnings(&model);
-            return Ok(model);
+            return Ok(self.engine.load_model(&entry.path).await?); // Counts as use.
         }
         // The engine would let each caller wait on a thread of its own.
         let _one_at_a_time = entry.loading.lock().await;

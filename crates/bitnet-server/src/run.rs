@@ -13,8 +13,8 @@ use std::time::Instant;
 
 use axum::http::StatusCode;
 use bitnet_inference::{
-    Chunk, FinishReason, GeneratedToken, GenerationOptions, InferenceInput, Model, RequestContext,
-    TokenStream, Usage,
+    Chunk, FinishReason, GeneratedToken, GenerationOptions, InferenceError, InferenceInput, Model,
+    RequestContext, TokenStream, Usage,
 };
 use futures_core::Stream;
 use tracing::Span;
@@ -87,6 +87,7 @@ pub(crate) struct Run {
     /// Where polling goes on, so that no choice starves another.
     next: usize,
     ending_tokens: HashSet<u32>,
+    constraint: Option<Constraint>,
     metrics: ModelMetrics,
     span: Span,
     /// Tokens of the prompts and of the answers that have ended, and how these did.
@@ -120,12 +121,10 @@ impl Run {
         let n_choices = job.prompts.len() * job.n;
         let span = trace::generation(job.operation, &job.model_name, &job.options, n_choices);
         let mut sequences = Vec::with_capacity(job.prompts.len() * job.n);
-        let seed = job.options.seed;
         for prompt in &job.prompts {
             for choice in 0..job.n {
-                let mut options = job.options.clone();
-                // The first choice is what a request with n = 1 gets.
-                options.seed = seed.map(|seed| seed.wrapping_add(choice as u64));
+                let mut options = job.options.for_choice(choice as u64);
+                options.grammar = job.constraint.as_ref().map(|c| c.grammar.clone());
                 let stream = submit(state, caller, &job, prompt.clone(), &options)?;
                 sequences.push(Sequence { stream: Some(stream), last_token: None });
             }
@@ -139,6 +138,7 @@ impl Run {
             sequences,
             next: 0,
             ending_tokens,
+            constraint: job.constraint,
             metrics: state.metrics().of_model(&job.model_name),
             deadline: Box::pin(tokio::time::sleep_until(deadline(state, caller))),
             state: state.clone(),
@@ -223,7 +223,7 @@ impl Run {
             self.next = (choice + 1) % n;
             return Poll::Ready(match item {
                 Some(Ok(chunk)) => Ok(self.take_chunk(choice, chunk)),
-                Some(Err(error)) => Err(error.into()),
+                Some(Err(error)) => Err(named(&self.constraint, error)),
                 None => self.end(choice),
             });
         }
@@ -363,16 +363,21 @@ fn submit(
     prompt: Vec<u32>,
     options: &GenerationOptions,
 ) -> Result<TokenStream> {
-    if let Some(constraint) = &job.constraint {
-        return Err(constraint.unsupported());
-    }
     let input = InferenceInput::Tokens(prompt);
     let context = context(caller, job);
     state.engine().stream_for(&job.model, input, options, &context).map_err(|error| {
-        let error = ApiError::from(error);
+        let error = named(&job.constraint, error);
         if error.status == StatusCode::TOO_MANY_REQUESTS {
             state.metrics().rejected(error.code.unwrap_or("other"));
         }
         error
     })
+}
+
+/// An error of the engine, under the name of the field that caused it.
+fn named(constraint: &Option<Constraint>, error: InferenceError) -> ApiError {
+    match constraint {
+        Some(constraint) => constraint.refusal(error),
+        None => error.into(),
+    }
 }

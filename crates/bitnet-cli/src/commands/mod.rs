@@ -1,5 +1,6 @@
 //! One file for each command: its arguments, its help, and what it does.
 
+pub(crate) mod batch;
 pub(crate) mod bench;
 pub(crate) mod bench_serve;
 pub(crate) mod chat;

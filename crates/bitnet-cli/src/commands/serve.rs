@@ -276,7 +276,7 @@ fn server_config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
 }
 
 /// `NAME=PATH`, or a path that gives its own name.
-fn named(model: &str) -> (String, PathBuf) {
+pub(super) fn named(model: &str) -> (String, PathBuf) {
     if model == BUILTIN_MODEL {
         return (BUILTIN_MODEL.to_owned(), PathBuf::from(BUILTIN_MODEL));
     }

@@ -234,7 +234,8 @@ async fn run(
 ) -> Result<()> {
     let options = GenerationOptions::default().temperature(0.0);
     let sampler = Sampler::new(&options, tokens, model.get_output_dim())?;
-    let continuation = Continuation { sampler, max_tokens, ending_tokens: Vec::new() };
+    let continuation =
+        Continuation { sampler, constraint: None, max_tokens, ending_tokens: Vec::new() };
     let request = Request {
         tokens: tokens.to_vec(),
         goal: Goal::Generate(Box::new(continuation)),

@@ -10,6 +10,8 @@ use bitnet_core::backend::KvType;
 use proptest::prelude::*;
 use std::pin::Pin;
 
+mod schedules;
+
 const VOCAB: usize = 40;
 const BLOCK_TOKENS: usize = 4;
 
@@ -150,14 +152,15 @@ fn worker_spared(
         speculate,
         max_positions: 200,
     };
-    let limits = WorkerLimits { step, max_waiting: 64, max_positions: 200, vocab_size: VOCAB };
+    let limits =
+        WorkerLimits { step, max_waiting: 64, max_positions: 200, context: 200, vocab_size: VOCAB };
     Worker::spawn(Box::new(model), draft, spare, limits).unwrap()
 }
 
 fn request(prompt: &[u32], n_new: usize, seed: u64, priority: i32) -> Request {
     let options = GenerationOptions::new().seed(seed).temperature((seed % 2) as f32);
     let sampler = Sampler::new(&options, prompt, VOCAB).unwrap();
-    let goal = Continuation { sampler, max_tokens: n_new, ending_tokens: vec![] };
+    let goal = Continuation { sampler, constraint: None, max_tokens: n_new, ending_tokens: vec![] };
     Request {
         tokens: prompt.to_vec(),
         goal: Goal::Generate(Box::new(goal)),
@@ -355,7 +358,7 @@ fn impossible_requests_are_refused_with_the_reason() {
     let refusal = |tokens: &[u32]| worker.submit(request_of(tokens)).unwrap_err().to_string();
     assert!(refusal(&[]).contains("at least one token"));
     assert!(refusal(&[40]).contains("below 40"), "{}", refusal(&[40]));
-    assert!(refusal(&[1; 41]).contains("context 40"), "{}", refusal(&[1; 41]));
+    assert!(refusal(&[1; 41]).contains("memory for: 40"), "{}", refusal(&[1; 41]));
     assert_eq!(tokens_of(worker.submit(request(&[1; 39], 5, 0, 0)).unwrap()).len(), 1);
 }
 

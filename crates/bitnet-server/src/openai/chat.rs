@@ -226,7 +226,7 @@ fn read(state: &AppState, mut request: ChatRequest) -> Result<(ChatJob, bool)> {
     let tool_mode = read_tool_choice(request.tool_choice.take(), &tools)?;
     let conversation =
         Conversation { turns: read_messages(&request.messages, limits.max_messages)?, tools };
-    let format = read_format(request.response_format.take())?;
+    let format = ResponseFormat::read(request.response_format.take(), "response_format")?;
     if !matches!(tool_mode, ToolMode::None | ToolMode::Auto) && format != Format::Text {
         let message = "a forced tool call and a response format cannot both shape the answer";
         return Err(ApiError::field("response_format", message));
@@ -337,26 +337,5 @@ fn read_tool_choice(choice: Option<ToolChoice>, tools: &[Tool]) -> Result<ToolMo
                 Err(ApiError::field("tool_choice.function.name", message))
             }
         },
-    }
-}
-
-fn read_format(format: Option<ResponseFormat>) -> Result<Format> {
-    use super::types::FormatKind;
-    let Some(format) = format else { return Ok(Format::Text) };
-    match (format.kind, format.json_schema) {
-        (FormatKind::Text, None) => Ok(Format::Text),
-        (FormatKind::JsonObject, None) => Ok(Format::JsonObject),
-        (FormatKind::JsonSchema, Some(schema)) => {
-            generate::check_name("response_format.json_schema.name", &schema.name)?;
-            Ok(Format::JsonSchema(schema.schema))
-        }
-        (FormatKind::JsonSchema, None) => {
-            let param = "response_format.json_schema";
-            Err(ApiError::field(param, format!("`{param}` is required")))
-        }
-        (_, Some(_)) => {
-            let message = "`json_schema` goes with the type `json_schema` only";
-            Err(ApiError::field("response_format.json_schema", message))
-        }
     }
 }

@@ -14,10 +14,11 @@ use utoipa::ToSchema;
 
 use super::chat::{ServiceTier, check_stream_options};
 use super::chat_stream::{ChunkHead, finite};
-use super::types::{Prompt, Prompts, StreamOptions, UsageBody, UsageChunks};
+use super::types::{Prompt, Prompts, ResponseFormat, StreamOptions, UsageBody, UsageChunks};
 use super::{FINGERPRINT, now};
+use crate::constraint::Constraint;
 use crate::error::{ApiError, Dialect, Result};
-use crate::generate;
+use crate::generate::{self, Format};
 use crate::json::Json;
 use crate::middleware::random_id;
 use crate::run::{End, Job, Run, RunEvent, score};
@@ -28,6 +29,7 @@ use crate::text::{check_ids, encode, token_bytes};
 
 /// Tokens generated where a request does not say.
 const DEFAULT_MAX_TOKENS: u32 = 16;
+const FORMAT: &str = "response_format";
 /// Log-probabilities of prompt tokens in one answer: a bound on its size.
 const MAX_PROMPT_LOGPROBS: usize = 1 << 20;
 
@@ -54,6 +56,8 @@ with_sampling! {
         /// Report the log-probability of each token and of this many alternatives.
         #[schema(minimum = 0, maximum = 20)]
         pub logprobs: Option<i64>,
+        /// The form the answers must have.
+        pub response_format: Option<ResponseFormat>,
         /// Send the answer in pieces as they are computed.
         pub stream: Option<bool>,
         /// How the stream is written; only with `stream`.
@@ -185,6 +189,7 @@ struct Asked {
     max_tokens: u32,
     priority: i32,
     cache_salt: Option<String>,
+    format: Format,
     sampling: crate::sampling::Sampling,
 }
 
@@ -214,6 +219,7 @@ fn read(state: &AppState, mut request: CompletionRequest) -> Result<Asked> {
         max_tokens: max_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
         priority: generate::priority(request.priority)?,
         cache_salt: generate::cache_salt(request.cache_salt.take())?,
+        format: ResponseFormat::read(request.response_format.take(), FORMAT)?,
         sampling: request.take_sampling(),
     })
 }
@@ -221,6 +227,13 @@ fn read(state: &AppState, mut request: CompletionRequest) -> Result<Asked> {
 /// The job, and the text of each prompt.
 fn prepare(model: Model, model_name: Arc<str>, asked: Asked) -> Result<(Job, Vec<String>)> {
     let mut options = asked.sampling.options(model.get_output_dim())?;
+    let constraint = match asked.format {
+        Format::Text => None,
+        Format::Grammar(grammar) => Some(Constraint { grammar, param: FORMAT }),
+    };
+    if let Some(constraint) = &constraint {
+        constraint.prepare(&model)?;
+    }
     options.max_tokens = Some(asked.max_tokens);
     options.logprobs = asked.logprobs;
     let (mut texts, mut prompts) = (Vec::new(), Vec::new());
@@ -259,7 +272,7 @@ fn prepare(model: Model, model_name: Arc<str>, asked: Asked) -> Result<(Job, Vec
         prompts,
         n,
         options,
-        constraint: None,
+        constraint,
         priority,
         cache_salt,
     };

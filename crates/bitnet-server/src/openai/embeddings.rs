@@ -5,11 +5,12 @@ use std::sync::Arc;
 use axum::extract::State;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use bitnet_inference::Pooling;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::types::Prompts;
-use crate::embed::{Embedded, Pooling, embed};
+use crate::embed::{Embedded, embed};
 use crate::error::{ApiError, Result};
 use crate::json::Json;
 use crate::state::{AppState, Caller};

@@ -7,6 +7,7 @@ use std::fmt;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use bitnet_inference::Grammar;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -133,6 +134,12 @@ pub(crate) struct TextFormat {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub schema: Option<Value>,
+    /// With `regex`: the expression the whole answer matches.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub regex: Option<String>,
+    /// With `grammar`: a Lark grammar of answers, from its rule `start` on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grammar: Option<String>,
     /// Answers are held to the schema either way.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub strict: Option<bool>,
@@ -461,6 +468,7 @@ fn read(state: &AppState, request: ResponsesRequest) -> Result<(ChatJob, Value)>
     };
     let max_tokens = generate::max_tokens("max_output_tokens", request.max_output_tokens, 1)?;
     let job = ChatJob {
+        format_param: "text.format",
         tools: mode,
         max_calls: if parallel { limits.max_tools } else { 1 },
         format,
@@ -562,21 +570,20 @@ fn read_tool_choice(choice: Option<ResponsesToolChoice>, tools: &[Tool]) -> Resu
 fn read_format(format: Option<TextFormat>) -> Result<Format> {
     use super::types::FormatKind;
     let Some(format) = format else { return Ok(Format::Text) };
-    let has_more = format.name.is_some() || format.schema.is_some();
-    match (format.kind, format.schema) {
-        (FormatKind::JsonSchema, Some(schema)) => {
-            let name = format.name.unwrap_or_default();
-            generate::check_name("text.format.name", &name)?;
-            Ok(Format::JsonSchema(schema))
+    match (&format.name, format.kind) {
+        (name, FormatKind::JsonSchema) => {
+            generate::check_name("text.format.name", name.as_deref().unwrap_or_default())?;
         }
-        (FormatKind::JsonSchema, None) => {
-            Err(ApiError::field("text.format.schema", "`text.format.schema` is required"))
+        (Some(_), _) => {
+            let message = "`text.format.name` does not go with this type";
+            return Err(ApiError::field("text.format.name", message));
         }
-        _ if has_more => {
-            let message = "`name` and `schema` go with the type `json_schema` only";
-            Err(ApiError::field("text.format", message))
-        }
-        (FormatKind::JsonObject, _) => Ok(Format::JsonObject),
-        (FormatKind::Text, _) => Ok(Format::Text),
+        (None, _) => {}
     }
+    let field = |name: &str| format!("text.format.{name}");
+    format.kind.choose([
+        (FormatKind::JsonSchema, field("schema"), format.schema.map(Grammar::JsonSchema)),
+        (FormatKind::Regex, field("regex"), format.regex.map(Grammar::Regex)),
+        (FormatKind::Grammar, field("grammar"), format.grammar.map(Grammar::Lark)),
+    ])
 }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use bitnet_inference::Grammar;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,8 @@ use utoipa::ToSchema;
 use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 
+use crate::error::ApiError;
+use crate::generate::{self, Format};
 use crate::openapi::schema_as;
 
 /// A message of a conversation.
@@ -273,6 +276,29 @@ pub(crate) struct ResponseFormat {
     pub kind: FormatKind,
     /// With `json_schema`: the schema.
     pub json_schema: Option<JsonSchemaFormat>,
+    /// With `regex`: the expression the whole answer matches.
+    pub regex: Option<String>,
+    /// With `grammar`: a Lark grammar of answers, from its rule `start` on.
+    pub grammar: Option<String>,
+}
+
+impl ResponseFormat {
+    /// The form, where `param` is the field this came in.
+    pub(crate) fn read(format: Option<Self>, param: &str) -> Result<Format, ApiError> {
+        let Some(format) = format else { return Ok(Format::Text) };
+        let field = |name: &str| format!("{param}.{name}");
+        let name = format.json_schema.as_ref().map(|schema| schema.name.as_str());
+        if let Some(name) = name {
+            generate::check_name(&field("json_schema.name"), name)?;
+        }
+        let schema = format.json_schema.map(|format| Grammar::JsonSchema(format.schema));
+        let forms = [
+            (FormatKind::JsonSchema, field("json_schema"), schema),
+            (FormatKind::Regex, field("regex"), format.regex.map(Grammar::Regex)),
+            (FormatKind::Grammar, field("grammar"), format.grammar.map(Grammar::Lark)),
+        ];
+        format.kind.choose(forms)
+    }
 }
 
 /// Forms of answers.
@@ -285,6 +311,34 @@ pub(crate) enum FormatKind {
     JsonObject,
     /// JSON that fits a schema.
     JsonSchema,
+    /// Text that matches a regular expression.
+    Regex,
+    /// Text of a grammar.
+    Grammar,
+}
+
+impl FormatKind {
+    /// The form, given the fields that describe one: each goes with its own kind only.
+    pub(crate) fn choose<const N: usize>(
+        self,
+        forms: [(Self, String, Option<Grammar>); N],
+    ) -> Result<Format, ApiError> {
+        let mut chosen = None;
+        for (kind, param, grammar) in forms {
+            if kind == self {
+                let missing = format!("`{param}` is required");
+                chosen = Some(grammar.ok_or_else(|| ApiError::field(param, missing))?);
+            } else if grammar.is_some() {
+                let message = format!("`{param}` does not go with this type");
+                return Err(ApiError::field(param, message));
+            }
+        }
+        match (self, chosen) {
+            (Self::JsonObject, _) => Ok(Format::Grammar(Grammar::json_object())),
+            (_, Some(grammar)) => Ok(Format::Grammar(grammar)),
+            (_, None) => Ok(Format::Text),
+        }
+    }
 }
 
 /// A schema with a name.
