@@ -165,3 +165,20 @@ impl<S: Sync> FromRequestParts<S> for Caller {
         parts.extensions.get().cloned().ok_or_else(ApiError::internal)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_in_the_work_of_one_request_is_that_requests_error() {
+        let engine = InferenceEngine::builder().build_blocking().unwrap();
+        let state = AppState::new(engine, ServerConfig::default()).unwrap();
+        // More often than there are places: none may be lost.
+        for _ in 0..100 {
+            let failed = state.compute::<()>(|| panic!("planted")).await;
+            assert_eq!(failed.unwrap_err().status, StatusCode::INTERNAL_SERVER_ERROR);
+        }
+        assert_eq!(state.compute(|| Ok(7)).await.unwrap(), 7);
+    }
+}
