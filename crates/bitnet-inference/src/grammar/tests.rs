@@ -68,7 +68,7 @@ fn each_kind_of_grammar_lets_its_texts_through_and_no_others() {
         ),
         (
             Grammar::json_object(),
-            &["{}", r#"{"a": [1, null, {"b": "\u00e9"}]}"#],
+            &["{}", r#"{"a": [1, null, {"b": "é\n"}]}"#],
             &["[]", "{", "1", r#"{"a":}"#, "{\n\n\n\n}", "{} x"],
         ),
         (
@@ -156,7 +156,6 @@ fn damaged_and_unsatisfiable_grammars_are_refused_with_the_reason() {
         schema(json!({"$ref": "file:///etc/passwd"})),
         schema(json!({"$ref": "#/$defs/none"})),
         schema(json!({"type": "string", "pattern": "(?<=x)*"})),
-        schema(json!({"type": "string", "pattern": "^{2}x$"})),
         schema(json!({"type": "string", "pattern": deep_regex})),
         Grammar::Regex("(".into()),
         Grammar::Regex("(?<=x)y".into()),
@@ -202,6 +201,7 @@ fn hostile_grammars_cost_little() {
         ),
         schema(json!({"type": "string", "pattern": "(a+)+$"})),
         schema(json!({"type": "string", "pattern": "^+[a-z]$"})),
+        schema(json!({"type": "string", "pattern": "^{2}x$"})),
         schema(json!({"type": "string", "pattern": ".{0,100000}"})),
         schema(json!({"type": "string", "pattern": "(.{0,1000}x){1000}"})),
         schema(json!({"type": "string", "format": "hiccup"})),
@@ -278,7 +278,8 @@ fn an_answer_does_not_disturb_another_one_of_the_same_grammar() {
 fn sizes_are_checked_without_recursion() {
     let mut deep = json!({});
     for _ in 0..100_000 {
-        deep = json!({"items": deep});
+        // The macro would write the value out by recursion.
+        deep = Value::Object([("items".to_owned(), deep)].into_iter().collect());
     }
     let grammar = schema(deep);
     assert!(grammar.check_size().unwrap_err().to_string().contains("128 levels"));
