@@ -325,6 +325,7 @@ impl Run {
         let (samples, _) = self.sample(&probe, hear)?;
         drop(probe);
         self.log.flush()?;
+        self.plot()?;
         let model = self.trainer.model();
         let name = prepare::name(&self.recipe, &self.folder);
         let checkpoint = export::checkpoint(model, &name, &self.text_folder())?;

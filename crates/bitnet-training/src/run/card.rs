@@ -108,7 +108,7 @@ fn training(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
     writeln!(card, "| tokens | {} |", thousands(position.tokens))?;
     writeln!(card, "| steps | {} |", thousands(position.step))?;
     writeln!(card, "| time | {} |", hours(position.seconds))?;
-    writeln!(card, "| threads | {} CPU threads |", facts.recipe.options().threads)?;
+    writeln!(card, "| CPU threads | {} |", facts.recipe.options().threads)?;
     writeln!(
         card,
         "| batch | {} windows of {} tokens |",
