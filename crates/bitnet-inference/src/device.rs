@@ -1,7 +1,7 @@
 //! Which device a model goes to. The one place that knows which backends this build has.
 //!
 //! `choice` decides by rules; this file knows how each device is found and loaded. A new backend is
-//! a member of [`Device`], a line of [`find`] and a line of `open`.
+//! a member of [`Device`], a line of `find` and a line of `open`.
 
 mod choice;
 #[cfg(all(test, feature = "mlx"))]

@@ -250,9 +250,7 @@ fn block<S: Simd, const R: usize, const V: usize>(
     }
     for (acc, sums) in acc.iter().zip(sums) {
         let (sums, _) = S::as_mut_simd_f32s(sums);
-        for v in 0..V {
-            sums[v] = acc[v];
-        }
+        sums[..V].copy_from_slice(acc);
     }
 }
 

@@ -86,7 +86,7 @@ fn worker(backend: WgpuBackend, spare: Option<Spare>) -> Worker {
         model,
         None,
         spare,
-        WorkerLimits { step, max_waiting: 8, max_positions, vocab_size },
+        WorkerLimits { step, max_waiting: 8, max_positions, context: max_positions, vocab_size },
     )
     .unwrap()
 }
@@ -95,7 +95,7 @@ fn worker(backend: WgpuBackend, spare: Option<Spare>) -> Worker {
 fn generate(worker: &Worker, after_ten: impl Fn()) -> Result<Vec<u32>> {
     let tokens: Vec<u32> = (5..25).collect();
     let sampler = Sampler::new(&GenerationOptions::greedy(), &tokens, 4096).unwrap();
-    let goal = Continuation { sampler, max_tokens: 60, ending_tokens: vec![] };
+    let goal = Continuation { sampler, constraint: None, max_tokens: 60, ending_tokens: vec![] };
     let goal = Goal::Generate(Box::new(goal));
     let request = Request { tokens, goal, priority: 0, cache_salt: None };
     let mut events = worker.submit(request)?;

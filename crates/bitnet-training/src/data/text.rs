@@ -287,8 +287,11 @@ fn format_of(path: &Path) -> Result<(Format, bool)> {
     }
 }
 
+/// A text's bytes, and the hash of those that were read of its file.
+type Unpacked = (Box<dyn BufRead + Send>, Arc<Mutex<Hashed>>);
+
 /// The bytes of a file, unpacked if it is `.xz`, and the hash of those that were read.
-fn open_unpacked(path: &Path) -> Result<(Box<dyn BufRead + Send>, Arc<Mutex<Hashed>>)> {
+fn open_unpacked(path: &Path) -> Result<Unpacked> {
     let file = File::open(path).map_err(|error| Error::io(path, "open", error))?;
     if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
         return Err(Error::input("training data", "a file", format!("folder {}", path.display())));
