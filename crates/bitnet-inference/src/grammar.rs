@@ -23,6 +23,10 @@ pub const MAX_SCHEMA_BYTES: usize = 256 << 10;
 pub const MAX_GRAMMAR_BYTES: usize = 64 << 10;
 /// Deepest nesting of a JSON schema.
 pub const MAX_SCHEMA_DEPTH: usize = 128;
+/// Members of one object in a JSON schema: compiling takes the square of a schema's properties.
+pub const MAX_SCHEMA_MEMBERS: usize = 512;
+/// Members of all objects in a JSON schema.
+pub const MAX_SCHEMA_MEMBERS_IN_ALL: usize = 5000;
 
 /// Compiled grammars kept for the next request with the same one.
 const KEPT_GRAMMARS: usize = 32;
@@ -32,8 +36,9 @@ const COMPILE_STACK: usize = 256 << 20;
 const MAX_TOKEN_BYTES: usize = 512;
 /// Longest reason passed on in an error.
 const MAX_REASON_BYTES: usize = 300;
-/// White space between the parts of JSON. Without a bound a model may write nothing else for ever.
-const JSON_SPACE: &str = r"[ ]|\n[ \t]{0,32}";
+/// White space between the parts of JSON: one space, if any. A small model that may indent spends
+/// its tokens on nothing else.
+const JSON_SPACE: &str = "[ ]";
 
 /// The language an answer must belong to.
 ///
@@ -84,9 +89,8 @@ impl Grammar {
             }
             Self::JsonSchema(schema) => {
                 // Depth first, and without recursion: writing a value as text recurses.
-                if depth_exceeds(schema, MAX_SCHEMA_DEPTH) {
-                    let expected = format!("a schema of at most {MAX_SCHEMA_DEPTH} levels");
-                    return error(expected, "a deeper one".into());
+                if let Err(expected) = check_shape(schema) {
+                    return error(expected, "a larger one".into());
                 }
                 match schema.to_string().len() {
                     0..=MAX_SCHEMA_BYTES => Ok(()),
@@ -110,19 +114,29 @@ impl Grammar {
     }
 }
 
-fn depth_exceeds(value: &Value, limit: usize) -> bool {
-    let mut open = vec![(value, 1)];
+/// Bounds a schema's depth and members; says what was expected. Does not recurse.
+fn check_shape(schema: &Value) -> Result<(), String> {
+    let (mut open, mut n_members) = (vec![(schema, 1)], 0);
     while let Some((value, depth)) = open.pop() {
-        if depth > limit {
-            return true;
+        if depth > MAX_SCHEMA_DEPTH {
+            return Err(format!("a schema of at most {MAX_SCHEMA_DEPTH} levels"));
         }
         match value {
             Value::Array(items) => open.extend(items.iter().map(|item| (item, depth + 1))),
-            Value::Object(members) => open.extend(members.values().map(|item| (item, depth + 1))),
+            Value::Object(members) => {
+                n_members += members.len();
+                if members.len() > MAX_SCHEMA_MEMBERS {
+                    return Err(format!("objects of at most {MAX_SCHEMA_MEMBERS} members"));
+                }
+                if n_members > MAX_SCHEMA_MEMBERS_IN_ALL {
+                    return Err(format!("at most {MAX_SCHEMA_MEMBERS_IN_ALL} members in all"));
+                }
+                open.extend(members.values().map(|item| (item, depth + 1)));
+            }
             _ => {}
         }
     }
-    false
+    Ok(())
 }
 
 /// Compiles grammars for one vocabulary and keeps the last few.
@@ -155,6 +169,13 @@ impl GrammarCompiler {
             // The parser needs an end token; this one lies behind the logits and is never drawn.
             eos.push(words.len() as u32);
             words.push(b"\xff<end>".to_vec());
+        }
+        for &id in &eos {
+            // What ends an answer must never be taken for a part of it.
+            let word = &mut words[id as usize];
+            if word.first() != Some(&TokTrie::SPECIAL_TOKEN_MARKER) {
+                word.insert(0, TokTrie::SPECIAL_TOKEN_MARKER);
+            }
         }
         let build = move || {
             let info = TokRxInfo::new(words.len() as u32, eos[0]);

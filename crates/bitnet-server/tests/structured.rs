@@ -212,7 +212,7 @@ async fn grammars_nobody_should_send_are_refused_and_harm_no_one() {
         // A JSON body deeper than 128 levels is refused before its fields are known.
         assert!(error["param"] == "response_format" || shown.contains("items"), "{shown}: {error}");
         // The same as arguments of a tool that must be called.
-        let parameters = json!({"type": "object", "properties": {"a": schema}});
+        let parameters = json!({"type": "object", "properties": {"a": schema}, "required": ["a"]});
         let request = chat(json!({"tools": [tool("f", parameters)], "tool_choice": "required"}));
         let answer = server.post("/v1/chat/completions", request).await;
         assert_eq!(answer.status, 400, "{shown}: {}", answer.text);

@@ -51,10 +51,11 @@ fn each_kind_of_grammar_lets_its_texts_through_and_no_others() {
             &[
                 r#"{"name":"Ann","age":7}"#,
                 r#"{"name": "Zoë", "age": 150, "tags": ["a","b"]}"#,
-                "{\n  \"name\": \"\",\n  \"age\": 0\n}",
+                r#"{ "name": "", "age": 0 }"#,
             ],
             &[
                 r#"{"name":"Ann"}"#,
+                "{\n  \"name\": \"\",\n  \"age\": 0\n}",
                 r#"{"age":7,"name":"Ann"}"#,
                 r#"{"name":"Ann","age":151}"#,
                 r#"{"name":"Ann","age":7.5}"#,
@@ -186,7 +187,7 @@ fn hostile_grammars_cost_little() {
         (0..n).map(rule).collect::<Vec<_>>().join("\n") + &format!("\nr{n}: \"x\"\nR{n}: \"x\"")
     };
     let properties: serde_json::Map<String, Value> =
-        (0..10_000).map(|i| (format!("p{i}"), json!({}))).collect();
+        (0..MAX_SCHEMA_MEMBERS).map(|i| (format!("p{i}"), json!({}))).collect();
     let mut nested = json!({});
     for _ in 0..60 {
         nested = json!({"type": "object", "properties": {"a": nested}});
@@ -288,6 +289,12 @@ fn sizes_are_checked_without_recursion() {
     while let Some(inner) = value.get_mut("items").map(Value::take) {
         value = inner;
     }
+    let members = |n: usize| -> Value { (0..n).map(|i| (format!("p{i}"), json!({}))).collect() };
+    assert!(schema(members(MAX_SCHEMA_MEMBERS)).check_size().is_ok());
+    let wide = schema(members(MAX_SCHEMA_MEMBERS + 1)).check_size().unwrap_err();
+    assert!(wide.to_string().contains("512 members"), "{wide}");
+    let many = schema(json!({"anyOf": vec![members(MAX_SCHEMA_MEMBERS); 10]}));
+    assert!(many.check_size().unwrap_err().to_string().contains("in all"));
     let wide = schema(json!({"enum": vec!["x".repeat(1000); 300]}));
     assert!(wide.check_size().unwrap_err().to_string().contains("bytes"));
     assert!(Grammar::Lark("x".repeat(MAX_GRAMMAR_BYTES + 1)).check_size().is_err());
