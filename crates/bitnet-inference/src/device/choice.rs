@@ -177,30 +177,31 @@ mod tests {
     fn the_table_of_choices() {
         let all = &[Mlx, Metal, Wgpu][..];
         // (asked, order, environment, accelerators, software, devices, warns)
-        let lenient: &[(Device, &[Device], Option<&str>, &[Device], &[Device], &[Device], bool)] =
-            &[
-                (Auto, &[], None, &[], &[], &[Cpu], false),
-                (Auto, &[], None, all, &[], &[Mlx, Metal, Wgpu, Cpu], false),
-                (Auto, &[], None, &[Metal, Wgpu], &[], &[Metal, Wgpu, Cpu], false),
-                (Auto, &[], None, &[Wgpu], &[Mlx], &[Wgpu, Cpu], false),
-                (Auto, &[], None, &[], all, &[Cpu], false),
-                (Cpu, &[], None, all, &[], &[Cpu], false),
-                (Gpu, &[], None, all, &[], &[Mlx, Metal, Wgpu, Cpu], false),
-                (Gpu, &[], None, &[], &[], &[Cpu], true),
-                (Gpu, &[], None, &[], all, &[Cpu], true),
-                // Who names a device gets it, however slow.
-                (Wgpu, &[], None, &[], all, &[Wgpu, Cpu], false),
-                (Wgpu, &[], None, &[Mlx], &[], &[Cpu], true),
-                (Auto, &[Wgpu, Mlx], None, all, &[], &[Wgpu, Mlx, Cpu], false),
-                (Auto, &[Metal, Auto], None, &[Wgpu], &[Metal], &[Metal, Wgpu, Cpu], false),
-                (Auto, &[Cpu, Wgpu], None, all, &[], &[Cpu, Wgpu], false),
-                // The environment decides only where the configuration does not.
-                (Auto, &[], Some("wgpu"), all, &[], &[Wgpu, Cpu], false),
-                (Auto, &[], Some("cpu"), all, &[], &[Cpu], false),
-                (Auto, &[], Some("metal,cpu"), &[Mlx], &[], &[Cpu], false),
-                (Metal, &[], Some("wgpu"), all, &[], &[Metal, Cpu], false),
-                (Auto, &[Auto], Some("wgpu"), all, &[], &[Mlx, Metal, Wgpu, Cpu], false),
-            ];
+        type Devices = &'static [Device];
+        type Case = (Device, Devices, Option<&'static str>, Devices, Devices, Devices, bool);
+        let lenient: &[Case] = &[
+            (Auto, &[], None, &[], &[], &[Cpu], false),
+            (Auto, &[], None, all, &[], &[Mlx, Metal, Wgpu, Cpu], false),
+            (Auto, &[], None, &[Metal, Wgpu], &[], &[Metal, Wgpu, Cpu], false),
+            (Auto, &[], None, &[Wgpu], &[Mlx], &[Wgpu, Cpu], false),
+            (Auto, &[], None, &[], all, &[Cpu], false),
+            (Cpu, &[], None, all, &[], &[Cpu], false),
+            (Gpu, &[], None, all, &[], &[Mlx, Metal, Wgpu, Cpu], false),
+            (Gpu, &[], None, &[], &[], &[Cpu], true),
+            (Gpu, &[], None, &[], all, &[Cpu], true),
+            // Who names a device gets it, however slow.
+            (Wgpu, &[], None, &[], all, &[Wgpu, Cpu], false),
+            (Wgpu, &[], None, &[Mlx], &[], &[Cpu], true),
+            (Auto, &[Wgpu, Mlx], None, all, &[], &[Wgpu, Mlx, Cpu], false),
+            (Auto, &[Metal, Auto], None, &[Wgpu], &[Metal], &[Metal, Wgpu, Cpu], false),
+            (Auto, &[Cpu, Wgpu], None, all, &[], &[Cpu, Wgpu], false),
+            // The environment decides only where the configuration does not.
+            (Auto, &[], Some("wgpu"), all, &[], &[Wgpu, Cpu], false),
+            (Auto, &[], Some("cpu"), all, &[], &[Cpu], false),
+            (Auto, &[], Some("metal,cpu"), &[Mlx], &[], &[Cpu], false),
+            (Metal, &[], Some("wgpu"), all, &[], &[Metal, Cpu], false),
+            (Auto, &[Auto], Some("wgpu"), all, &[], &[Mlx, Metal, Wgpu, Cpu], false),
+        ];
         for &(asked, order, environment, real, software, want, warns) in lenient {
             let config = config(asked, order, false);
             let choice =

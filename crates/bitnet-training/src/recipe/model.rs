@@ -203,7 +203,8 @@ mod tests {
         for preset in PRESETS {
             let recipe = ModelRecipe { preset: Some(preset.name.into()), ..Default::default() };
             let config = recipe.config("m", 300, 256).unwrap();
-            assert!(config.hidden_size % 256 == 0 && config.intermediate_size % 256 == 0);
+            assert!(config.hidden_size.is_multiple_of(256));
+            assert!(config.intermediate_size.is_multiple_of(256));
             assert_eq!(config.head_dim, 64);
             if preset.hidden_size > 256 {
                 continue; // enough to count the small ones
