@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Type-checks and lints, for aarch64-apple-darwin, the code that is built on macOS only: Metal's host
-# code and the engine's way to it. Nothing is linked, so no Mac and none of Apple's files are needed.
+# Type-checks and lints, for aarch64-apple-darwin, Metal's host code, which is built on macOS only
+# (the crate bitnet-metal, not the engine above it). Nothing is linked, so no Mac and none of Apple's files are needed.
 #
 #   scripts/check-macos.sh
 #

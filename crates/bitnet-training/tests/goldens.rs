@@ -88,7 +88,7 @@ fn loss_and_gradients_match_the_reference() {
 
 /// Rounding is discontinuous: where an activation stands on the border between two codes it may fall on
 /// the other side here than in the reference, which adds up floats. This model's loss differs in the
-/// fifth digit, as one such flip makes it, and so do gradients by up to 2e-3.
+/// fifth digit, as one such flip would make it (not proven), and so do gradients by up to 2e-3.
 #[test]
 fn gradients_match_the_reference_but_for_a_flipped_rounding() {
     let golden = Golden::open("llama-ternary-tiny");
