@@ -159,7 +159,19 @@ fn greedy_tokens_match() {
             GenerationOptions::greedy().max_tokens((expected.len() - 12) as u32).ignore_eos(true);
         let answer = engine.generate_blocking(&model, prompt, &options).unwrap();
         let ids: Vec<u32> = answer.tokens.iter().map(|token| token.id).collect();
-        assert_eq!(ids, expected[12..], "{name}/{file}");
+        let ours = 12..expected.len();
+        match ours.clone().find(|&i| ids.get(i - 12) != expected.get(i)) {
+            // MLX has sums of its own order: one rounding may flip and decide between two tokens
+            // that are equally good. What follows is then another text.
+            Some(i) if model.device().name == "mlx" => {
+                let input = InferenceInput::Tokens(expected[..i].to_vec());
+                let logits = engine.infer_blocking(&model, &input).unwrap().logits;
+                let [got, want] = [ids[i - 12], expected[i]].map(|id| logits[id as usize]);
+                println!("{name}/{file} at {i}: {got} for {want}");
+                assert!(got - want < 0.002 * got.abs(), "{name}/{file} at {i}: {got} for {want}");
+            }
+            _ => assert_eq!(ids, expected[ours], "{name}/{file}"),
+        }
     }
 }
 
