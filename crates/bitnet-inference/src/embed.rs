@@ -202,7 +202,12 @@ mod tests {
             let refused = whole.embed_blocking(&model, &bad, Pooling::Mean);
             assert!(matches!(refused, Err(InferenceError::Input { .. })), "{refused:?}");
         }
-        assert_eq!(model.stats().kv_blocks_in_use, 0);
+        // The answer is sent before the blocks are given back.
+        let started = std::time::Instant::now();
+        while model.stats().kv_blocks_in_use > 0 {
+            assert!(started.elapsed() < std::time::Duration::from_secs(20), "blocks are kept");
+            std::thread::yield_now();
+        }
     }
 
     #[test]

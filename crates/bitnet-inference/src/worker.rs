@@ -250,6 +250,14 @@ struct WorkerThread {
 
 impl WorkerThread {
     fn run(&mut self, inbox: &mpsc::Receiver<Command>) {
+        self.serve(inbox);
+        // Who hung up since the last step is counted out too.
+        self.scheduler.drop_abandoned();
+        self.publish_stats();
+    }
+
+    /// Steps until it is stopped or fails.
+    fn serve(&mut self, inbox: &mpsc::Receiver<Command>) {
         loop {
             if self.scheduler.is_idle() && self.embeddings.is_empty() {
                 match inbox.recv() {
