@@ -17,7 +17,7 @@ use crate::buffers::{WgpuBuffer, WgpuNorm, WgpuRope};
 use crate::device::{Gpu, GpuBuffer, NAME, Options};
 use crate::kv::WgpuKv;
 use crate::linear::WgpuLinear;
-use crate::memory::{self, Region};
+use crate::memory::{self, Pool, Region};
 use crate::pipeline::{Kernel, Store};
 use crate::step::{Recorder, Traffic};
 use crate::table::WgpuTable;
@@ -57,7 +57,6 @@ struct Scratch {
     scales: Option<Region>,
     normed: Option<Region>,
     gate: Option<Region>,
-    logits: Option<Region>,
     best: [Option<Region>; 2],
 }
 
@@ -94,10 +93,10 @@ impl WgpuBackend {
     }
 
     fn on(gpu: Arc<Gpu>) -> Result<Self> {
-        let pool = memory::pool(gpu.clone());
+        let memory = memory::manager(gpu.clone());
         Ok(Self {
-            nothing: pool.take(16, AccessPattern::Activations)?,
-            recorder: Recorder::new(gpu, pool)?,
+            nothing: memory.pool().take(16, AccessPattern::Activations)?,
+            recorder: Recorder::new(gpu, memory)?,
             scratch: Scratch::default(),
             angles: Vec::new(),
             positions: Vec::new(),
@@ -122,9 +121,13 @@ impl WgpuBackend {
         move || device.destroy()
     }
 
-    /// What the pool of the device's memory has done so far.
+    /// What the device's memory has been used for so far; transfers are those of weights.
     pub fn memory_stats(&self) -> MemoryStats {
-        self.recorder.pool.stats()
+        self.recorder.memory.stats()
+    }
+
+    fn pool(&self) -> &Pool {
+        self.recorder.memory.pool()
     }
 
     fn gpu(&self) -> &Arc<Gpu> {
@@ -148,7 +151,7 @@ impl WgpuBackend {
         }
         // The old one goes back first, so that the pool can make one of both.
         *which(&mut self.scratch) = None;
-        let region = self.recorder.pool.take(bytes, AccessPattern::Activations)?;
+        let region = self.pool().take(bytes, AccessPattern::Activations)?;
         *which(&mut self.scratch) = Some(region.clone());
         self.recorder.forget_bindings();
         Ok(region)
@@ -171,8 +174,8 @@ impl WgpuBackend {
         let i = match self.angles.iter().position(|angles| angles.of.ptr_eq(&of)) {
             Some(i) => i,
             None => {
-                let pool = &self.recorder.pool;
-                let values = pool.take(bytes.next_power_of_two(), AccessPattern::Activations)?;
+                let bytes = bytes.next_power_of_two();
+                let values = self.pool().take(bytes, AccessPattern::Activations)?;
                 self.recorder.forget_bindings();
                 self.angles.push(Angles { of, step: 0, values });
                 self.angles.len() - 1
@@ -279,7 +282,7 @@ impl Backend for WgpuBackend {
     }
 
     fn memory(&self) -> MemoryUsage {
-        let bytes = |pattern| self.recorder.pool.active_bytes(pattern);
+        let bytes = |pattern| self.pool().active_bytes(pattern);
         MemoryUsage {
             weights: bytes(AccessPattern::Weights),
             kv_cache: bytes(AccessPattern::KvCache),
@@ -289,17 +292,17 @@ impl Backend for WgpuBackend {
 
     fn linear(&mut self, weights: &LinearWeights) -> Result<Self::Linear> {
         self.recorder.forget_bindings();
-        WgpuLinear::new(&self.recorder.pool, weights)
+        WgpuLinear::new(&self.recorder.memory, weights)
     }
 
     fn norm(&mut self, weights: &NormWeights) -> Result<Self::Norm> {
         self.recorder.forget_bindings();
-        WgpuNorm::new(&self.recorder.pool, weights)
+        WgpuNorm::new(self.pool(), weights)
     }
 
     fn table(&mut self, weights: Arc<dyn FloatRows>, _: TableRole) -> Result<Self::Table> {
         self.recorder.forget_bindings();
-        WgpuTable::new(&self.recorder.pool, &weights)
+        WgpuTable::new(&self.recorder.memory, &weights)
     }
 
     fn table_bytes(&self, table: &Self::Table, _: Option<usize>) -> u64 {
@@ -313,12 +316,12 @@ impl Backend for WgpuBackend {
 
     fn buffer(&mut self, max_tokens: usize, width: usize) -> Result<Self::Buffer> {
         self.recorder.forget_bindings();
-        WgpuBuffer::new(&self.recorder.pool, max_tokens, width)
+        WgpuBuffer::new(self.pool(), max_tokens, width)
     }
 
     fn kv_cache(&mut self, spec: KvSpec) -> Result<Self::Kv> {
         self.recorder.forget_bindings();
-        WgpuKv::new(&self.recorder.pool, spec)
+        WgpuKv::new(self.pool(), spec)
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
@@ -348,7 +351,7 @@ impl Backend for WgpuBackend {
             return Err(Error::invalid("token", reason));
         }
         let layout = self.recorder.layout;
-        let step = self.recorder.description.clone();
+        let step = self.recorder.exchange.input.clone();
         for part in &table.parts {
             let parameters = [
                 part.first_row as u32,
@@ -452,7 +455,7 @@ impl Backend for WgpuBackend {
         self.check_blocks(kv)?;
         let parts = kv.layer(layer)?;
         let angles = self.angles(rope)?;
-        let (nothing, step) = (self.nothing.clone(), self.recorder.description.clone());
+        let (nothing, step) = (self.nothing.clone(), self.recorder.exchange.input.clone());
         let norm = |norm: Option<&WgpuNorm>| {
             let weights = norm.map_or(&nothing, |norm| &norm.weights).clone();
             (weights, u32::from(norm.is_some()), norm.map_or(0, |norm| norm.eps.to_bits()))
@@ -507,7 +510,7 @@ impl Backend for WgpuBackend {
         }
         self.check_blocks(kv)?;
         let group = q.width / (n_heads * dim);
-        let step = self.recorder.description.clone();
+        let step = self.recorder.exchange.input.clone();
         for heads in kv.layer(layer)? {
             let parameters = [
                 dim as u32,
@@ -553,7 +556,8 @@ impl Backend for WgpuBackend {
         let (from, list) = (x.data.clone(), layout.logit_rows);
         let into = normed.buffer();
         self.normalize(from.buffer(), head.cols, norms, list, layout.n_logits, into)?;
-        let logits = self.scratch(|s| &mut s.logits, 4 * (n_rows * head.rows) as u64)?;
+        self.recorder.make_room(0, 4 * (n_rows * head.rows) as u64)?;
+        let logits = self.recorder.exchange.output.clone();
         for part in &head.parts {
             let product = FloatProduct {
                 dtype: head.dtype,

@@ -233,13 +233,6 @@ impl Gpu {
     pub(crate) fn write(&self, buffer: &GpuBuffer, offset: u64, data: &[u8]) {
         self.queue.write_buffer(&buffer.raw, offset, data);
     }
-
-    /// Hands writes over to the device, so that the host's copies are freed.
-    pub(crate) fn flush_writes(&self) {
-        self.queue.submit([]);
-        // An error here is an error of the device, which `check` reports.
-        let _ = self.device.poll(wgpu::PollType::Poll);
-    }
 }
 
 /// The result of a future that is ready when it is made, as all of wgpu's are on native devices.

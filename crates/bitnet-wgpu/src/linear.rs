@@ -7,7 +7,7 @@ use bitnet_core::weights::{
 use bitnet_core::{Error, Result};
 
 use crate::buffers::WgpuNorm;
-use crate::memory::{Pool, Region, filled};
+use crate::memory::{Manager, Pool, Region, filled};
 use crate::weights::{self, Part, code_words, float_words};
 
 /// A projection `y = W·x + b`.
@@ -42,7 +42,8 @@ pub(crate) enum Form {
 }
 
 impl WgpuLinear {
-    pub(crate) fn new(pool: &Pool, weights: &LinearWeights) -> Result<Self> {
+    pub(crate) fn new(memory: &Manager, weights: &LinearWeights) -> Result<Self> {
+        let pool = memory.pool();
         let (rows, cols) = weights.matrix.shape();
         if let Some(bias) = &weights.bias
             && bias.len() != rows
@@ -61,14 +62,14 @@ impl WgpuLinear {
             Matrix::Ternary { weights, activations } => {
                 check_ternary(&**weights, *activations)?;
                 let form = form_of(&**weights, *activations);
-                let parts = weights::upload_codes(pool, &**weights)?;
+                let parts = weights::upload_codes(memory, &**weights)?;
                 let of_part = |part: &Part| scales_of(&**weights, form, part, bias);
                 let scales = parts.iter().map(|part| upload_scales(pool, &of_part(part)));
                 let scales = scales.collect::<Result<_>>()?;
                 (form, code_words(cols), parts, scales)
             }
             Matrix::Float(source) => {
-                let (dtype, parts) = weights::upload_floats(pool, "float weights", source)?;
+                let (dtype, parts) = weights::upload_floats(memory, "float weights", source)?;
                 let scales = vec![upload_scales(pool, bias.unwrap_or(&[]))?];
                 (Form::Float(dtype), float_words(cols, dtype), parts, scales)
             }

@@ -1,14 +1,15 @@
 //! The device's memory under the pool of bitnet-core. wgpu tracks what happens to whole buffers, so
 //! a region is a buffer of its own, and what is given back is used again whole.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bitnet_core::memory::{
     AccessPattern, BufferKind, Completion, CopySide, DeviceBufferHandle, DeviceMemory,
-    EnhancedMemoryPool, MemoryProperties,
+    EnhancedMemoryPool, GPUMemoryManager, InferenceBuffers, MemoryProperties,
 };
 use bitnet_core::{Error, Result};
-use wgpu::BufferUsages as Usage;
+use wgpu::{BufferUsages as Usage, MapMode};
 
 use crate::device::{Gpu, GpuBuffer, NAME, failed};
 
@@ -23,9 +24,14 @@ pub(crate) type Pool = EnhancedMemoryPool<WgpuMemory>;
 /// A buffer from the pool.
 pub(crate) type Region = DeviceBufferHandle<WgpuMemory>;
 
-/// A pool of a device's memory, bounded by the device alone.
-pub(crate) fn pool(gpu: Arc<Gpu>) -> Pool {
-    Pool::new(WgpuMemory(gpu), u64::MAX)
+/// The pool, and copies through staging buffers.
+pub(crate) type Manager = GPUMemoryManager<WgpuMemory>;
+/// What a step exchanges with the host.
+pub(crate) type Exchange = InferenceBuffers<WgpuMemory>;
+
+/// A device's memory, bounded by the device alone.
+pub(crate) fn manager(gpu: Arc<Gpu>) -> Manager {
+    Manager::new(WgpuMemory(gpu), u64::MAX)
 }
 
 /// A region that holds `data`.
@@ -38,6 +44,25 @@ pub(crate) fn filled(pool: &Pool, data: &[u8], pattern: AccessPattern) -> Result
 impl WgpuMemory {
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
         &self.0
+    }
+
+    /// Lets the host reach a range of a buffer once the device is done with the buffer; waits for all
+    /// that was submitted if it is not.
+    fn map(&self, buffer: &GpuBuffer, mode: MapMode, range: Range<u64>) -> Result<()> {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        buffer.raw.map_async(mode, range, move |result| {
+            // The receiver is gone only if a wait below failed, which is an error already.
+            let _ = sender.send(result);
+        });
+        for wait in [false, true] {
+            self.poll(wait)?;
+            match receiver.try_recv() {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => return Err(failed(format!("mapping a buffer failed: {error}"))),
+                Err(_) => {}
+            }
+        }
+        Err(failed("a buffer was not mapped when the device was done"))
     }
 }
 
@@ -73,7 +98,7 @@ impl DeviceMemory for WgpuMemory {
     fn allocate(&self, bytes: u64, kind: BufferKind) -> Result<GpuBuffer> {
         let usage = match kind {
             BufferKind::Device => Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST,
-            BufferKind::Upload => Usage::COPY_SRC | Usage::COPY_DST,
+            BufferKind::Upload => Usage::MAP_WRITE | Usage::COPY_SRC,
             BufferKind::Readback => Usage::MAP_READ | Usage::COPY_DST,
         };
         self.0.allocate(bytes, usage)
@@ -81,8 +106,20 @@ impl DeviceMemory for WgpuMemory {
 
     fn write(&self, to: &mut GpuBuffer, offset: u64, bytes: &[u8]) -> Result<()> {
         check(to, offset, bytes.len() as u64)?;
-        self.0.write(to, offset, bytes);
-        self.0.check()
+        if !to.raw.usage().contains(Usage::MAP_WRITE) {
+            self.0.write(to, offset, bytes);
+            return self.0.check();
+        }
+        // Words are mapped; what pads the last one is nobody's.
+        let end = (offset + bytes.len() as u64).next_multiple_of(4);
+        self.map(to, MapMode::Write, offset..end)?;
+        {
+            let view = to.raw.get_mapped_range_mut(offset..end);
+            let mut view = view.map_err(|e| failed(format!("a buffer cannot be written: {e}")))?;
+            view.slice(..bytes.len()).copy_from_slice(bytes);
+        }
+        to.raw.unmap();
+        Ok(())
     }
 
     fn read(&self, from: &GpuBuffer, offset: u64, out: &mut [u8]) -> Result<()> {
@@ -91,15 +128,7 @@ impl DeviceMemory for WgpuMemory {
         if !from.raw.usage().contains(Usage::MAP_READ) {
             return Err(failed("the host does not reach this buffer"));
         }
-        let (sender, receiver) = std::sync::mpsc::channel();
-        from.raw.map_async(wgpu::MapMode::Read, offset..end, move |result| {
-            // The receiver is gone only if the wait below failed, which is an error already.
-            let _ = sender.send(result);
-        });
-        self.poll(true)?;
-        if !matches!(receiver.try_recv(), Ok(Ok(()))) {
-            return Err(failed("results could not be read back"));
-        }
+        self.map(from, MapMode::Read, offset..end)?;
         {
             let view = from.raw.get_mapped_range(offset..end);
             let view = view.map_err(|e| failed(format!("results could not be read back: {e}")))?;

@@ -13,7 +13,7 @@ use bitnet_core::backend::Batch;
 use bitnet_core::memory::{AccessPattern, DeviceMemory};
 
 use crate::device::{Gpu, GpuBuffer};
-use crate::memory::{Pool, Region};
+use crate::memory::{Exchange, Manager};
 use crate::pipeline::{Kernel, Pipelines};
 
 /// Bindings of a kernel, at most.
@@ -72,31 +72,31 @@ pub(crate) struct StepLayout {
 /// The commands of the current step.
 pub(crate) struct Recorder {
     pub(crate) gpu: Arc<Gpu>,
-    pub(crate) pool: Pool,
+    pub(crate) memory: Manager,
     pipelines: Pipelines,
     encoder: Option<wgpu::CommandEncoder>,
     pass: Option<wgpu::ComputePass<'static>>,
     bindings: HashMap<(Kernel, [u64; MAX_BINDINGS]), wgpu::BindGroup>,
-    /// The step's description.
-    pub(crate) description: Region,
+    /// In: the step's description; out: its logits.
+    pub(crate) exchange: Exchange,
     words: Vec<u32>,
     pub(crate) layout: StepLayout,
     traffic: Arc<Traffic>,
 }
 
 impl Recorder {
-    pub(crate) fn new(gpu: Arc<Gpu>, pool: Pool) -> Result<Self> {
+    pub(crate) fn new(gpu: Arc<Gpu>, memory: Manager) -> Result<Self> {
         Ok(Self {
             pipelines: Pipelines::new(&gpu),
             encoder: None,
             pass: None,
             bindings: HashMap::new(),
-            description: pool.take(4096, AccessPattern::Activations)?,
+            exchange: memory.inference_buffers(4096, 4096)?,
             words: Vec::new(),
             layout: StepLayout::default(),
             traffic: Arc::default(),
             gpu,
-            pool,
+            memory,
         })
     }
 
@@ -131,13 +131,17 @@ impl Recorder {
             logit_rows: 3 * n as u32,
         };
         let bytes = 4 * self.words.len() as u64;
-        if bytes > self.description.bytes() {
-            self.description =
-                self.pool.take(bytes.next_power_of_two(), AccessPattern::Activations)?;
+        self.make_room(bytes, 0)?;
+        self.traffic.steps.fetch_add(1, Ordering::Relaxed);
+        self.send(self.exchange.input.buffer(), bytemuck::cast_slice(&self.words));
+        Ok(())
+    }
+
+    /// Makes room for what the step exchanges with the host.
+    pub(crate) fn make_room(&mut self, input_bytes: u64, output_bytes: u64) -> Result<()> {
+        if self.exchange.make_room(&self.memory, input_bytes, output_bytes)? {
             self.forget_bindings();
         }
-        self.traffic.steps.fetch_add(1, Ordering::Relaxed);
-        self.send(self.description.buffer(), bytemuck::cast_slice(&self.words));
         Ok(())
     }
 
@@ -214,7 +218,7 @@ impl Recorder {
             return self.gpu.check();
         }
         self.submit()?;
-        self.pool.memory().poll(true)
+        self.memory.pool().memory().poll(true)
     }
 
     /// Submits what was recorded and appends the first `bytes` bytes of a buffer to `out`.
@@ -222,7 +226,7 @@ impl Recorder {
         if bytes == 0 {
             return self.finish();
         }
-        let staging = self.pool.take(bytes, AccessPattern::Readback)?;
+        let staging = self.memory.pool().take(bytes, AccessPattern::Readback)?;
         self.pass = None;
         let gpu = &self.gpu;
         let encoder = self
@@ -233,7 +237,7 @@ impl Recorder {
         self.submit()?;
         let start = out.len();
         out.resize(start + bytes as usize, 0);
-        let memory = self.pool.memory();
+        let memory = self.memory.pool().memory();
         memory.read(staging.buffer(), staging.offset(), &mut out[start..])?;
         self.traffic.downloaded.fetch_add(bytes, Ordering::Relaxed);
         Ok(())

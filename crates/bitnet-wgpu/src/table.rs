@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bitnet_core::Result;
 use bitnet_core::weights::{FloatRows, FloatType};
 
-use crate::memory::Pool;
+use crate::memory::Manager;
 use crate::weights::{self, Part};
 
 /// A table `(vocab, hidden)`.
@@ -19,8 +19,8 @@ pub struct WgpuTable {
 }
 
 impl WgpuTable {
-    pub(crate) fn new(pool: &Pool, source: &Arc<dyn FloatRows>) -> Result<Self> {
-        let (dtype, parts) = weights::upload_floats(pool, "a table", source)?;
+    pub(crate) fn new(memory: &Manager, source: &Arc<dyn FloatRows>) -> Result<Self> {
+        let (dtype, parts) = weights::upload_floats(memory, "a table", source)?;
         let (rows, cols) = (source.rows(), source.cols());
         Ok(Self { rows, cols, words: weights::float_words(cols, dtype), dtype, parts })
     }

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use bitnet_core::memory::AccessPattern;
+use bitnet_core::memory::{AccessPattern, Transfer};
 use bitnet_core::weights::{FloatRows, FloatType, TernaryRows};
 use bitnet_core::{Error, Result};
 
-use crate::memory::{Pool, Region};
+use crate::memory::{Manager, Region, WgpuMemory};
 
 /// Rows of one buffer, at most: workgroups of a grid's dimension, with a row each in some kernels.
 const MAX_ROWS: usize = 65_504;
-/// Words packed at a time before they are handed to the driver.
+/// Words packed at a time and copied while the next are packed.
 const PIECE_WORDS: usize = 1 << 20;
 
 /// Some consecutive rows of a matrix, in a buffer of their own.
@@ -21,9 +21,10 @@ pub(crate) struct Part {
     pub(crate) n_rows: usize,
 }
 
-/// Uploads `rows` rows of `words` words each; `pack(row, words)` fills one, zeroed before.
+/// Uploads `rows` rows of `words` words each; `pack(row, words)` fills one, zeroed before. While the
+/// device copies some rows, the host packs the next; two staging buffers take turns.
 pub(crate) fn upload(
-    pool: &Pool,
+    memory: &Manager,
     what: &str,
     rows: usize,
     words: usize,
@@ -32,6 +33,7 @@ pub(crate) fn upload(
     if rows == 0 || words == 0 {
         return Err(Error::invalid(what, "an empty matrix"));
     }
+    let pool = memory.pool();
     let gpu = pool.memory().gpu();
     let row_bytes = 4 * words as u64;
     let rows_each = (gpu.max_binding_bytes / row_bytes).min(MAX_ROWS as u64) as usize;
@@ -41,16 +43,23 @@ pub(crate) fn upload(
     let mut parts = Vec::new();
     for first_row in (0..rows).step_by(rows_each) {
         let n_rows = rows_each.min(rows - first_row);
-        let weights = pool.take(n_rows as u64 * row_bytes, AccessPattern::Weights)?;
+        let mut weights = pool.take(n_rows as u64 * row_bytes, AccessPattern::Weights)?;
         let rows_per_piece = (PIECE_WORDS / words).max(1);
+        let mut under_way: Option<Transfer<WgpuMemory>> = None;
         for first in (0..n_rows).step_by(rows_per_piece) {
             let n = rows_per_piece.min(n_rows - first);
             let mut piece = vec![0u32; n * words];
             pack_rows(&mut piece, words, first_row + first, &pack);
-            gpu.write(weights.buffer(), first as u64 * row_bytes, bytemuck::cast_slice(&piece));
+            if let Some(before) = under_way.take() {
+                before.wait()?;
+            }
+            let bytes = bytemuck::cast_slice(&piece);
+            let at = first as u64 * row_bytes;
+            under_way = Some(memory.copy_to_gpu_async(bytes, &mut weights, at)?);
         }
-        // The driver keeps what is written until something is submitted.
-        gpu.flush_writes();
+        if let Some(last) = under_way {
+            last.wait()?;
+        }
         parts.push(Part { weights, first_row, n_rows });
     }
     gpu.check()?;
@@ -93,9 +102,9 @@ pub(crate) fn code_words(cols: usize) -> usize {
 }
 
 /// Uploads a ternary matrix; `kernels/ternary.wgsl` shows the layout of a word.
-pub(crate) fn upload_codes(pool: &Pool, source: &dyn TernaryRows) -> Result<Vec<Part>> {
+pub(crate) fn upload_codes(memory: &Manager, source: &dyn TernaryRows) -> Result<Vec<Part>> {
     let (rows, cols) = (source.rows(), source.cols());
-    let parts = upload(pool, "ternary weights", rows, code_words(cols), |row, words| {
+    let parts = upload(memory, "ternary weights", rows, code_words(cols), |row, words| {
         let mut codes = vec![0u8; 16 * words.len()];
         source.decode_row(row, &mut codes[..cols]);
         for (word, codes) in words.iter_mut().zip(codes.as_chunks::<16>().0) {
@@ -117,7 +126,7 @@ pub(crate) fn float_words(cols: usize, dtype: FloatType) -> usize {
 /// Uploads a float matrix as the numbers its source holds, or as f16 if it holds no plain ones.
 /// Returns its format.
 pub(crate) fn upload_floats(
-    pool: &Pool,
+    memory: &Manager,
     what: &str,
     source: &Arc<dyn FloatRows>,
 ) -> Result<(FloatType, Vec<Part>)> {
@@ -131,7 +140,7 @@ pub(crate) fn upload_floats(
         let expected = format!("{rows} × {row_bytes} bytes");
         return Err(Error::shape(what, expected, bytes.len()));
     }
-    let parts = upload(pool, what, rows, float_words(cols, dtype), |row, words| match &raw {
+    let parts = upload(memory, what, rows, float_words(cols, dtype), |row, words| match &raw {
         Some((_, bytes)) => {
             let bytes = &bytes[row * row_bytes..][..row_bytes];
             for (word, bytes) in words.iter_mut().zip(bytes.chunks(4)) {

@@ -260,11 +260,36 @@ impl<M: DeviceMemory> Readback<M> {
     }
 }
 
-/// What a step exchanges with the host: its inputs on the way in, its results on the way out.
+/// What a step exchanges with the host, on the device: its inputs, and the results that are wanted.
 #[derive(Debug)]
 pub struct InferenceBuffers<M: DeviceMemory> {
     /// Tokens, positions and block tables.
     pub input: DeviceBufferHandle<M>,
     /// Logits.
     pub output: DeviceBufferHandle<M>,
+}
+
+impl<M: DeviceMemory> InferenceBuffers<M> {
+    /// Makes room for so many bytes; whether a region was exchanged for a larger one, whose contents
+    /// are arbitrary. To a power of two, so that steps of growing sizes exchange few.
+    ///
+    /// # Errors
+    /// As [`EnhancedMemoryPool::take`].
+    pub fn make_room(
+        &mut self,
+        manager: &GPUMemoryManager<M>,
+        input_bytes: u64,
+        output_bytes: u64,
+    ) -> Result<bool> {
+        let mut exchanged = false;
+        for (region, bytes) in [(&mut self.input, input_bytes), (&mut self.output, output_bytes)] {
+            if bytes > region.bytes() {
+                let most = manager.pool.memory().properties().max_buffer_bytes;
+                let bytes = bytes.checked_next_power_of_two().unwrap_or(bytes).min(most).max(bytes);
+                *region = manager.pool.take(bytes, AccessPattern::Activations)?;
+                exchanged = true;
+            }
+        }
+        Ok(exchanged)
+    }
 }

@@ -206,6 +206,20 @@ fn unified_memory_needs_no_second_copy() {
 }
 
 #[test]
+fn what_a_step_exchanges_grows_with_the_steps() {
+    let manager = GPUMemoryManager::new(HostMemory, u64::MAX);
+    let mut buffers = manager.inference_buffers(64, 100).unwrap();
+    let ids = |b: &InferenceBuffers<HostMemory>| (b.input.id(), b.output.id());
+    let first = ids(&buffers);
+    assert!(!buffers.make_room(&manager, 64, 3).unwrap());
+    assert_eq!(ids(&buffers), first);
+    assert!(buffers.make_room(&manager, 65, 100).unwrap());
+    assert_eq!((buffers.input.bytes(), buffers.output.bytes()), (128, 100));
+    assert!(ids(&buffers).0 != first.0 && ids(&buffers).1 == first.1);
+    assert_eq!(manager.stats().active_regions, 2);
+}
+
+#[test]
 fn a_device_that_goes_away_is_an_error_not_a_hang() {
     let (signal, completion) = Completion::new();
     drop(signal);

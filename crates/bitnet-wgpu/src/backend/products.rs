@@ -47,7 +47,7 @@ impl WgpuBackend {
         out: &GpuBuffer,
     ) -> Result<()> {
         let (weights, [given, eps0, eps1]) = self.norms(norms);
-        let step = self.recorder.description.clone();
+        let step = self.recorder.exchange.input.clone();
         self.recorder.dispatch(
             Kernel::Norm,
             &[

@@ -125,6 +125,58 @@ fn the_best_logits_are_found_on_the_device() {
     }
 }
 
+/// Rows of 1024 features, all of them the row's number.
+struct Numbered(usize);
+
+impl FloatRows for Numbered {
+    fn rows(&self) -> usize {
+        self.0
+    }
+
+    fn cols(&self) -> usize {
+        1024
+    }
+
+    fn decode_row(&self, row: usize, out: &mut [f32]) {
+        out.fill(row as f32);
+    }
+}
+
+/// Large weights go over in pieces through two staging buffers in turn: one is copied while the next
+/// is packed.
+#[test]
+fn weights_pass_through_staging_buffers() {
+    if !present() {
+        return;
+    }
+    /// In pieces of 4 MiB: five and a short one.
+    const ROWS: usize = 10 * 1024 + 500;
+    let mut backend = WgpuBackend::new().expect("a device");
+    let source = Arc::new(Numbered(ROWS));
+    let table = backend.table(source, TableRole::Embedding).expect("a table");
+    let stats = backend.memory_stats();
+    let bytes = (ROWS * 1024 * 2) as u64;
+    assert_eq!((stats.transfers, stats.transferred_bytes), (6, bytes));
+    assert!(stats.bandwidth > 0.0);
+    let staging = stats.allocated_bytes - bytes;
+    assert!(staging <= (2 * 4 << 20) + (64 << 10), "{staging} bytes beside the weights");
+    let tokens: Vec<u32> = vec![0, 2047, 2048, 10_239, 10_240, ROWS as u32 - 1];
+    let rows = 0..tokens.len();
+    let sequences = vec![SequenceSlice { rows: rows.clone(), first_position: 0, blocks: vec![] }];
+    let batch = Batch { tokens: tokens.clone(), sequences, logit_rows: vec![], n_best: None };
+    let mut x = backend.buffer(rows.end, 1024).expect("a buffer");
+    backend.begin(&batch).expect("a step");
+    backend.embed(&table, &mut x).expect("embeddings");
+    let mut out = Vec::new();
+    backend.read(&x, None, &mut out).expect("rows");
+    backend.finish().expect("the end");
+    for (row, token) in out.chunks_exact(1024).zip(tokens) {
+        // Halves have 11 bits.
+        let want = half::f16::from_f32(token as f32).to_f32();
+        assert!(row.iter().all(|&x| x == want), "row {token}");
+    }
+}
+
 #[test]
 fn a_lost_device_is_an_error_of_the_device_and_no_panic() {
     if !present() {
