@@ -68,28 +68,12 @@ if [ "${1:-}" = env ]; then
     exit
 fi
 
-echo "-- conformance, the library, wrong libraries"
-cargo test -p bitnet-mlx -- --include-ignored
+. scripts/devices.sh
+echo "-- conformance"
+device_tests --test on_mlx -- --include-ignored
 echo "-- reference models: logits, greedy tokens, chunks, batches"
-BITNET_DEVICE=mlx cargo test -p bitnet-inference --features mlx --test goldens
-cargo test -p bitnet-inference --features mlx --lib -- --ignored mlx_tests
+reference_models mlx
+echo "-- the library, requests served together, evaluations and bytes of a token"
+device_tests --lib -- --include-ignored --nocapture mlx_tests array:: library::
 echo "-- the program"
-cargo build -q -p bitnet-cli --features mlx
-bitnet=${CARGO_TARGET_DIR:-target}/debug/bitnet
-"$bitnet" devices
-story() { "$bitnet" run "Once upon a time" --greedy --max-tokens 48 --device "$1" -v; }
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-of_cpu=$(story cpu 2> /dev/null)
-of_mlx=$(story mlx 2> "$log") || { cat "$log"; exit 1; }
-grep "builtin on mlx" "$log"
-[ "$of_cpu" = "$of_mlx" ] || {
-    printf 'the CPU tells:\n%s\nMLX tells:\n%s\n' "$of_cpu" "$of_mlx"
-    exit 1
-}
-echo "MLX tells the CPU's story"
-if BITNET_MLX_LIBRARY=/nonexistent.so "$bitnet" run "Once" --max-tokens 1 --device mlx 2> "$log"; then
-    echo "a library that is not there was used" >&2
-    exit 1
-fi
-grep "cannot be opened" "$log"
+program mlx

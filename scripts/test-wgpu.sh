@@ -22,23 +22,12 @@ export BITNET_REQUIRE_WGPU=1
 # Mesa would look for a display to choose a device by, and complain that there is none.
 export NODEVICE_SELECT=1
 
-echo "-- conformance, shaders"
-cargo test -p bitnet-wgpu
-echo "-- a device lost in mid-request, submissions of a token"
-cargo test -p bitnet-inference --features wgpu --lib wgpu
+. scripts/devices.sh
+echo "-- conformance: all the device has, the least, split bindings; a lost device"
+device_tests --test on_wgpu -- --nocapture
+echo "-- a device lost in mid-request, submissions and bytes of a token"
+device_tests --lib -- wgpu_tests --nocapture
 echo "-- reference models: logits, greedy tokens, chunks, batches"
-BITNET_DEVICE=wgpu cargo test -p bitnet-inference --features wgpu --test goldens
+reference_models wgpu
 echo "-- the program"
-cargo build -q -p bitnet-cli --features wgpu
-bitnet=${CARGO_TARGET_DIR:-target}/debug/bitnet
-"$bitnet" devices
-story() { "$bitnet" run "Once upon a time" --greedy --max-tokens 48 --device "$1" -v; }
-of_cpu=$(story cpu 2>/dev/null)
-of_wgpu=$(story wgpu 2>/tmp/bitnet-wgpu-$$.log) || { cat /tmp/bitnet-wgpu-$$.log; exit 1; }
-grep "builtin on wgpu" /tmp/bitnet-wgpu-$$.log
-rm /tmp/bitnet-wgpu-$$.log
-[ "$of_cpu" = "$of_wgpu" ] || {
-    printf 'the CPU tells:\n%s\nwgpu tells:\n%s\n' "$of_cpu" "$of_wgpu"
-    exit 1
-}
-echo "wgpu tells the CPU's story"
+program wgpu
