@@ -3,7 +3,7 @@
 # standard library (crates/bitnet-metal/harness), under the host code that runs them on a Mac. They must
 # have the bits of the CPU's scalar code, and faults planted in them must be found.
 #
-#   scripts/test-metal.sh [cargo test arguments]
+#   scripts/test-metal.sh [names of tests]
 #
 # Needs clang++ 15 or later (Debian: clang-19); without one it says so and skips. With
 # BITNET_REQUIRE_METAL_TEST=1 that is an error. BITNET_CLANG names a compiler.
@@ -29,4 +29,5 @@ if [ -z "${BITNET_CLANG:-}" ]; then
 fi
 export BITNET_CLANG
 echo "compiler: $BITNET_CLANG"
-cargo test -p bitnet-metal --test on_cpu "$@" -- --ignored --nocapture
+# Of the whole workspace, so that dependencies are built as for `cargo test --workspace`.
+cargo test --workspace --test on_cpu -- --ignored --nocapture "$@"

@@ -149,22 +149,29 @@ fn long_and_shared_steps_have_the_cpu_s_bits() {
     }
 }
 
-/// Nothing but the logits comes back, so a step is handed over once.
+/// Nothing but the logits comes back, so a step is handed over once, and with it what it is about.
 #[test]
 #[ignore = "needs clang++: scripts/test-metal.sh"]
 fn a_step_is_one_submission() {
     let simulator = Simulator::new(Library::kernels(), 0);
-    let submissions = simulator.submissions();
+    let traffic = simulator.traffic();
     let backend = MetalBackend::new(simulator, 1 << 40).expect("a few bytes");
     let mut model = load(backend, "builtin", 4, KvType::F16);
     let tokens: Vec<u32> = (1..=8).collect();
     let mut logits = Vec::new();
-    let mut before = submissions.load(Ordering::Relaxed);
-    for first in [0, 6, 7] {
-        let end = if first == 0 { 6 } else { first + 1 };
+    let counts = || {
+        [&traffic.submissions, &traffic.written, &traffic.read].map(|n| n.load(Ordering::Relaxed))
+    };
+    for (first, end) in [(0, 6), (6, 7), (7, 8)] {
+        let before = counts();
         model.execute_batch(&batch(&tokens[..end], first), &mut logits).expect("a step");
-        let after = submissions.load(Ordering::Relaxed);
-        assert_eq!(after - before, 1, "submissions of a step of {} tokens", end - first);
-        before = after;
+        let after = counts();
+        let [submissions, written, read] = [0, 1, 2].map(|i| after[i] - before[i]);
+        println!("{} tokens: {written} bytes written, {read} read", end - first);
+        assert_eq!(submissions, 1, "submissions of a step of {} tokens", end - first);
+        // Token, position, start of its blocks, one block, row of logits, and 32 angles' cosines and
+        // sines; then the logits of one row.
+        let rows = (end - first) as u64;
+        assert_eq!((written, read), (rows * (4 + 8 + 256) + 8, 4 * logits.len() as u64));
     }
 }

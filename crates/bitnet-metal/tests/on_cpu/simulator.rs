@@ -136,9 +136,17 @@ pub(crate) fn sources() -> Vec<(&'static str, String)> {
     SOURCES.iter().map(|&(name, text)| (name, text.to_owned())).collect()
 }
 
+/// What the host handed over and what it wrote and read, in bytes, on the simulated device.
+#[derive(Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) submissions: AtomicU64,
+    pub(crate) written: AtomicU64,
+    pub(crate) read: AtomicU64,
+}
+
 /// Memory as Metal gives it: zeroed, reached by both sides.
 #[derive(Clone)]
-pub(crate) struct SimulatorMemory(Arc<Library>);
+pub(crate) struct SimulatorMemory(Arc<Library>, Arc<Traffic>);
 
 /// A buffer of the simulator.
 pub(crate) struct SimulatorBuffer {
@@ -192,6 +200,7 @@ impl DeviceMemory for SimulatorMemory {
 
     fn write(&self, to: &mut SimulatorBuffer, offset: u64, bytes: &[u8]) -> Result<()> {
         check(to, offset, bytes.len())?;
+        self.1.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         // SAFETY: within the buffer, which is borrowed mutably; nothing runs while the host writes.
         unsafe {
             to.start.add(offset as usize).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
@@ -201,6 +210,7 @@ impl DeviceMemory for SimulatorMemory {
 
     fn read(&self, from: &SimulatorBuffer, offset: u64, out: &mut [u8]) -> Result<()> {
         check(from, offset, out.len())?;
+        self.1.read.fetch_add(out.len() as u64, Ordering::Relaxed);
         // SAFETY: within the buffer; kernels run only inside `submit`.
         unsafe {
             from.start.add(offset as usize).copy_to_nonoverlapping(out.as_mut_ptr(), out.len());
@@ -242,19 +252,18 @@ pub(crate) struct Simulator {
     memory: SimulatorMemory,
     recorded: Vec<Recorded>,
     seed: u32,
-    submissions: Arc<AtomicU64>,
 }
 
 impl Simulator {
     /// `seed` chooses the schedule: 0 ascending, 1 descending, others shuffled.
     pub(crate) fn new(library: Arc<Library>, seed: u32) -> Self {
-        let submissions = Arc::new(AtomicU64::new(0));
-        Self { memory: SimulatorMemory(library), recorded: Vec::new(), seed, submissions }
+        let memory = SimulatorMemory(library, Arc::default());
+        Self { memory, recorded: Vec::new(), seed }
     }
 
-    /// Counts the submissions.
-    pub(crate) fn submissions(&self) -> Arc<AtomicU64> {
-        self.submissions.clone()
+    /// Counts what goes over to the device and back from now on.
+    pub(crate) fn traffic(&self) -> Arc<Traffic> {
+        self.memory.1.clone()
     }
 
     fn run(&self, dispatch: &Recorded) -> Result<()> {
@@ -319,7 +328,7 @@ impl Driver for Simulator {
     }
 
     fn submit(&mut self) -> Result<()> {
-        self.submissions.fetch_add(1, Ordering::Relaxed);
+        self.memory.1.submissions.fetch_add(1, Ordering::Relaxed);
         let recorded = std::mem::take(&mut self.recorded);
         for together in recorded.chunk_by(|_, next| next.beside) {
             // Those that may run at the same time must not care which is first.
