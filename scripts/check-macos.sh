@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Type-checks and lints, for aarch64-apple-darwin, Metal's host code, which is built on macOS only
-# (the crate bitnet-metal, not the engine above it). Nothing is linked, so no Mac and none of Apple's files are needed.
+# Type-checks and lints, for aarch64-apple-darwin, what is built on macOS only: Metal's host code in
+# bitnet-metal, and where the engine chooses and opens it. Nothing is linked, so no Mac and none of
+# Apple's files are needed.
 #
 #   scripts/check-macos.sh
 #
@@ -18,7 +19,7 @@ skip() {
     exit 0
 }
 
-arguments=(clippy -p bitnet-metal --lib --target "$target")
+arguments=(clippy -p bitnet-metal -p bitnet-inference --lib --target "$target")
 lints=(-- -D warnings)
 
 if [ -d "$(rustc --print sysroot)/lib/rustlib/$target" ]; then
