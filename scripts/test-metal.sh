@@ -5,8 +5,8 @@
 #
 #   scripts/test-metal.sh [names of tests]
 #
-# Needs clang++ 15 or later (Debian: clang-19); without one it says so and skips. With
-# BITNET_REQUIRE_METAL_TEST=1 that is an error. BITNET_CLANG names a compiler.
+# Needs clang++ 15 or later, and installs Debian's clang-19 where it is root; without one it says so and
+# skips. With BITNET_REQUIRE_METAL_TEST=1 that is an error. BITNET_CLANG names a compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,13 +14,20 @@ works() { # a compiler that has 16-bit floats and address spaces
     printf '_Float16 x; __attribute__((address_space(3))) int* p;' | "$@" -x c++ -fsyntax-only - 2>/dev/null
 }
 
-if [ -z "${BITNET_CLANG:-}" ]; then
+find_compiler() {
     for name in clang++-19 clang++-20 clang++-18 clang++-17 clang++-16 clang++-15 clang++; do
         if command -v "$name" >/dev/null && works "$name"; then
             BITNET_CLANG=$name
-            break
+            return
         fi
     done
+}
+
+[ -n "${BITNET_CLANG:-}" ] || find_compiler
+if [ -z "${BITNET_CLANG:-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    (apt-get update -qq && apt-get install -y -qq --no-install-recommends clang-19) >/dev/null 2>&1 ||
+        echo "clang-19 could not be installed" >&2
+    find_compiler
 fi
 if [ -z "${BITNET_CLANG:-}" ]; then
     echo "SKIPPED: the Metal kernels did not run: there is no clang++ 15 or later (Debian: clang-19)" >&2

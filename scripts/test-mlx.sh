@@ -4,6 +4,7 @@
 #
 #   scripts/test-mlx.sh                  all of it
 #   eval "$(scripts/test-mlx.sh env)"    only the library; sets the variables to use it by hand
+#   scripts/test-mlx.sh build            builds the library anew
 #
 # On macOS with Homebrew's mlx-c the tests need no building: run them with BITNET_MLX_LIBRARY set.
 # Needs python3, a C++ compiler and the package indexes; everything is kept under
@@ -50,6 +51,10 @@ skip() {
     echo "SKIPPED, the MLX backend was not tested: $1" >&2
     exit 0
 }
+if [ "${1:-}" = build ]; then
+    build
+    exit
+fi
 [ "$(uname -s)" = Linux ] || skip "this builds mlx-c for Linux; elsewhere name its file and run cargo test"
 if [ ! -f "$library" ]; then
     for tool in python3 c++; do
@@ -58,7 +63,8 @@ if [ ! -f "$library" ]; then
     glibc=$(getconf GNU_LIBC_VERSION 2> /dev/null | cut -d' ' -f2)
     [ "$(printf '%s\n' 2.35 "${glibc:-0}" | sort -V | head -n 1)" = 2.35 ] ||
         skip "MLX's packages need glibc 2.35, this is ${glibc:-another C library}"
-    build >&2
+    # In a process of its own, so that it ends at the first error.
+    "$0" build >&2 || skip "mlx-c could not be built"
 fi
 mlx_folder=$(echo "$cache"/venv/lib/python3*/site-packages/mlx/lib)
 export BITNET_MLX_LIBRARY="$library"
