@@ -7,12 +7,14 @@ import os
 import urllib.request
 
 import pytest
-from pydantic import TypeAdapter
+
+TypeAdapter = pytest.importorskip("pydantic").TypeAdapter
 
 URL = os.environ["BITNET_URL"]
 PROMPT = [{"role": "user", "content": "Once upon a time"}]
 TOOL = {"type": "function", "function": {
-    "name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+    "name": "get_weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"], "additionalProperties": False}}}
 CHAT = {"model": "builtin", "messages": PROMPT, "max_tokens": 6, "temperature": 0}
 COMPLETION = {"model": "builtin", "prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
 RESPONSE = {"model": "builtin", "input": "Once upon a time", "max_output_tokens": 6, "temperature": 0}
@@ -39,8 +41,12 @@ def check(kind, value):
 @pytest.mark.parametrize("extra", [
     {}, {"n": 2}, {"logprobs": True, "top_logprobs": 3}, {"tools": [TOOL]}, {"stop": ["a", "e"]},
     {"max_tokens": 500, "seed": 3, "temperature": 1.5}, {"tools": [TOOL], "tool_choice": "none"},
+    {"tools": [TOOL], "tool_choice": "required", "max_tokens": 200},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": TOOL["function"]["parameters"]}}, "max_tokens": 100},
 ])
 def test_openai_chat(extra):
+    pytest.importorskip("openai")
+    pytest.importorskip("openai")
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
     body = {**CHAT, **extra}
@@ -54,6 +60,8 @@ def test_openai_chat(extra):
 
 @pytest.mark.parametrize("extra", [{}, {"n": 2}, {"logprobs": 2}, {"echo": True, "logprobs": 1, "max_tokens": 0}])
 def test_openai_completions(extra):
+    pytest.importorskip("openai")
+    pytest.importorskip("openai")
     from openai.types import Completion
 
     answer = json.loads(send("/v1/completions", {**COMPLETION, **extra}))
@@ -68,8 +76,11 @@ def test_openai_completions(extra):
 
 @pytest.mark.parametrize("extra", [
     {}, {"instructions": "Be brief.", "metadata": {"a": "b"}}, {"tools": [{**TOOL["function"], "type": "function", "strict": False}]},
+    {"tools": [{**TOOL["function"], "type": "function", "strict": True}], "tool_choice": "required", "max_output_tokens": 200},
 ])
 def test_openai_responses(extra):
+    pytest.importorskip("openai")
+    pytest.importorskip("openai")
     from openai.types.responses import Response, ResponseStreamEvent
 
     body = {**RESPONSE, **extra}
@@ -81,6 +92,8 @@ def test_openai_responses(extra):
 
 
 def test_openai_embeddings_and_models():
+    pytest.importorskip("openai")
+    pytest.importorskip("openai")
     from openai.types import CreateEmbeddingResponse, Model
 
     check(CreateEmbeddingResponse, json.loads(send("/v1/embeddings", {"model": "builtin", "input": ["a", "b"]})))
@@ -88,16 +101,24 @@ def test_openai_embeddings_and_models():
     check(Model, json.loads(send("/v1/models/builtin")))
 
 
-def test_anthropic():
+@pytest.mark.parametrize("extra", [
+    {}, {"tools": [{"name": "f", "input_schema": TOOL["function"]["parameters"]}], "tool_choice": {"type": "any"}, "max_tokens": 200},
+])
+def test_anthropic(extra):
+    pytest.importorskip("anthropic")
+    pytest.importorskip("anthropic")
     from anthropic.types import Message, RawMessageStreamEvent
 
-    check(Message, json.loads(send("/v1/messages", MESSAGE)))
-    for event in events("/v1/messages", MESSAGE)[0]:
+    body = {**MESSAGE, **extra}
+    check(Message, json.loads(send("/v1/messages", body)))
+    for event in events("/v1/messages", body)[0]:
         if event["type"] != "ping":  # in the protocol, not among the types
             check(RawMessageStreamEvent, event)
 
 
 def test_ollama():
+    pytest.importorskip("ollama")
+    pytest.importorskip("ollama")
     from ollama import ChatResponse, EmbedResponse, GenerateResponse, ListResponse, ProcessResponse, ShowResponse
 
     options = {"num_predict": 4}

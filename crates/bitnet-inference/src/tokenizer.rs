@@ -9,7 +9,7 @@
 //! Knows nothing of models. Tokens become text in [`detokenizer`](crate::detokenizer).
 
 mod added;
-mod alphabet;
+pub(crate) mod alphabet;
 mod error;
 mod gguf;
 mod json;

@@ -116,7 +116,7 @@ export class Metrics {
       this.tiles[name].value.textContent = value === null ? "–" : format(value);
     };
     set("speed", rate(all, at, "generated"), figure);
-    set("running", last.running, (value) => `${value} of ${value + last.waiting}`);
+    set("running", last.running, (value) => (last.waiting > 0 ? `${value}, ${last.waiting} waiting` : `${value}`));
     set("first", percentiles(all, at, 0)[0], seconds);
     set("hits", last.queried ? last.hits / last.queried : null, percent);
     set("memory", last.memory, mebibytes);

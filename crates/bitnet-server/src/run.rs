@@ -119,6 +119,14 @@ impl Run {
             ending_tokens.extend(tokenizer.eos_ids());
         }
         let n_choices = job.prompts.len() * job.n;
+        // Waiting would not help: it never fits.
+        let most = state.engine().config().max_waiting;
+        if n_choices > most {
+            let message = format!(
+                "{n_choices} answers are asked for; at most {most} may wait on this server"
+            );
+            return Err(ApiError::field("n", message));
+        }
         let span = trace::generation(job.operation, &job.model_name, &job.options, n_choices);
         let mut sequences = Vec::with_capacity(job.prompts.len() * job.n);
         for prompt in &job.prompts {

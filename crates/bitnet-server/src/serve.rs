@@ -72,6 +72,18 @@ fn bind_unix(path: &Path) -> io::Result<tokio::net::UnixListener> {
     Ok(listener)
 }
 
+fn remove_socket(listen: &Listen) {
+    match listen {
+        Listen::Tcp(_) => {}
+        #[cfg(unix)]
+        Listen::Unix(path) => {
+            if let Err(error) = std::fs::remove_file(path) {
+                tracing::warn!(%error, "the socket's file is left");
+            }
+        }
+    }
+}
+
 impl Listener {
     /// The TCP address it listens on, with the port the system chose where 0 was asked for.
     pub fn local_addr(&self) -> Option<SocketAddr> {
@@ -91,7 +103,8 @@ impl Listener {
 /// # Errors
 /// Accepting fails for good; a lack of file descriptors is waited out.
 pub async fn serve(listener: Listener, app: Router, state: AppState) -> io::Result<()> {
-    let limits = state.config().limits.clone();
+    let config = state.config();
+    let (listen, limits) = (config.listen.clone(), config.limits.clone());
     let lifecycle = state.lifecycle().clone();
     let connections = Arc::new(Semaphore::new(limits.max_connections.min(Semaphore::MAX_PERMITS)));
     let upkeep = tokio::spawn(upkeep(state));
@@ -99,7 +112,9 @@ pub async fn serve(listener: Listener, app: Router, state: AppState) -> io::Resu
         outcome = accept(&listener, &app, &limits, &lifecycle, &connections) => outcome,
         () = lifecycle.reached(Phase::Draining) => Ok(()),
     };
-    // Closed now, so that new clients are turned away by the system and may try another server.
+    // Closed now, so that new clients are turned away by the system and may try another server. The
+    // file goes first: once the socket is closed, another server may put its own there.
+    remove_socket(&listen);
     drop(listener);
     drain(&lifecycle, &limits, &connections).await;
     upkeep.abort();

@@ -148,9 +148,20 @@ async fn the_engines_queue_is_bounded_too() {
     )
     .await;
     server.model().await;
-    let refused = server.post("/v1/completions", completion(json!({"n": 100}))).await;
+    let stream = |n: u32| endless(json!({"stream": true, "n": n}));
+    let mut running = server.open(post("/v1/completions"), stream(1)).await;
+    running.body_mut().frame().await.unwrap().unwrap();
+    let waiting = server.open(post("/v1/completions"), stream(2)).await;
+    assert_eq!(waiting.status(), 200);
+    let refused = server.post("/v1/completions", completion(json!({}))).await;
     assert_eq!(refused.status, 429, "{}", refused.text);
+    assert_eq!(refused.headers["retry-after"], "1");
     assert_eq!(refused.json()["error"]["code"], "queue_full");
+    // What could never wait is not asked to come again.
+    let refused = server.post("/v1/completions", completion(json!({"n": 3}))).await;
+    assert_eq!(refused.status, 400, "{}", refused.text);
+    assert_eq!(refused.json()["error"]["param"], "n");
+    drop((running, waiting));
     server.idle().await;
 }
 
@@ -247,17 +258,21 @@ async fn one_tenants_prefix_is_not_anothers() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn a_unix_socket_serves_its_owner() {
+async fn a_unix_socket_serves_its_owner_and_goes_with_the_server() {
     use std::os::unix::fs::PermissionsExt;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bitnet.sock");
     let listen = bitnet_server::Listen::Unix(path.clone());
-    let _server = Server::start_with(|c| c.listen = listen, |_| {}).await;
+    let server = Server::start_with(|c| c.listen = listen, |_| {}).await;
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
     stream.write_all(b"GET /health HTTP/1.1\r\nconnection: close\r\n\r\n").await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    server.drain();
+    let outcome = tokio::time::timeout(Duration::from_secs(5), server.task).await;
+    outcome.expect("the server returns once it is idle").unwrap().unwrap();
+    assert!(!path.exists());
 }

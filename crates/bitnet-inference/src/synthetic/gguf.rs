@@ -1,6 +1,7 @@
 //! Writes a synthetic model as a GGUF file, for programs and measurements that need one.
 //!
-//! The architecture is `bitnet` (or `llama`), which llama.cpp opens too; there is no vocabulary.
+//! The architecture is `bitnet` (or `llama`), which llama.cpp opens too. The vocabulary has the bytes
+//! and numbers, so that any text is a prompt and answers can be read.
 //! Files of the `llama` architecture keep the rows of each head in another order; among random
 //! weights one order is as good as another, so rows are written as they come.
 
@@ -9,12 +10,13 @@ use std::path::Path;
 
 use bitnet_core::weights::{FloatRows, FloatType, Matrix};
 use bitnet_quant::config::{Architecture, HiddenAct};
-use bitnet_quant::gguf::{GgufWriter, Metadata, TensorSpec, TensorType, Value};
+use bitnet_quant::gguf::{Array, GgufWriter, Metadata, TensorSpec, TensorType, Value};
 use bitnet_quant::pack::{FloatFormat, Packing, encode};
 
 use super::SyntheticModel;
 use crate::error::{InferenceError, Result};
 use crate::source::WeightSource;
+use crate::tokenizer::alphabet;
 
 /// Projections of a layer, in GGUF and by canonical name.
 const PROJECTIONS: [(&str, &str); 7] = [
@@ -175,9 +177,29 @@ impl SyntheticModel {
         if c.hidden_act == HiddenAct::Relu2 {
             set("hidden_activation", text("relu2"));
         }
-        metadata.set("tokenizer.ggml.model", text("no_vocab"));
+        let tokens = vocabulary(c.vocab_size);
+        let kind = if tokens.is_some() { "gpt2" } else { "no_vocab" };
+        metadata.set("tokenizer.ggml.model", text(kind));
+        if let Some(tokens) = tokens {
+            let list = |texts| Value::Array(Array::String(texts));
+            metadata.set("tokenizer.ggml.pre", text("gpt-2"));
+            metadata.set("tokenizer.ggml.tokens", list(tokens));
+            metadata.set("tokenizer.ggml.merges", list(Vec::new()));
+        }
         metadata
     }
+}
+
+/// A token for each byte, then ` 256`, ` 257` and so on; `None` where not even the bytes fit.
+fn vocabulary(size: usize) -> Option<Vec<String>> {
+    let character = |byte: u8| {
+        let mut token = String::new();
+        alphabet::push_chars(&[byte], &mut token);
+        token
+    };
+    let space = character(b' ');
+    let numbers = (256..size).map(|id| format!("{space}{id}"));
+    (size >= 256).then(|| (0..=255).map(character).chain(numbers).collect())
 }
 
 /// The numbers of a table that holds them as they are to be written.
@@ -191,6 +213,7 @@ mod tests {
     use crate::bench::{Bench, Settings, Test};
     use crate::source;
     use crate::synthetic::SyntheticShape;
+    use crate::tokenizer::EncodeOptions;
     use bitnet_quant::pack::I2sLayout;
 
     /// The shape of 2B4T, small.
@@ -230,6 +253,23 @@ mod tests {
             let again = small().write_gguf(&path, packing, &mut |_, _| {});
             assert!(matches!(again, Err(InferenceError::Resource { .. })), "no file is replaced");
         }
+    }
+
+    #[test]
+    fn any_text_is_a_prompt_of_the_file() {
+        let mut config = small().config;
+        config.vocab_size = 300;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let model = SyntheticModel::new(config, 3);
+        model.write_gguf(&path, Packing::Tq2_0, &mut |_, _| {}).unwrap();
+        let engine = crate::InferenceEngine::builder().build_blocking().unwrap();
+        let model = engine.load_model_blocking(&path).unwrap();
+        let tokens = model.tokenizer().unwrap().encode("héy 🦀", EncodeOptions::PROMPT).unwrap();
+        assert_eq!(tokens.len(), "héy 🦀".len());
+        let options = crate::GenerationOptions::greedy().max_tokens(4);
+        let answer = engine.generate_blocking(&model, "héy 🦀", &options).unwrap();
+        assert_eq!(answer.tokens.len(), 4);
     }
 
     #[test]

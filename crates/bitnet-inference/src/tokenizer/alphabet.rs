@@ -30,7 +30,7 @@ const CHARS: [char; 256] = {
 };
 
 /// Appends the characters of `bytes`.
-pub(super) fn push_chars(bytes: &[u8], out: &mut String) {
+pub(crate) fn push_chars(bytes: &[u8], out: &mut String) {
     out.extend(bytes.iter().map(|&byte| CHARS[byte as usize]));
 }
 
