@@ -86,29 +86,31 @@ def prompt(chance, n):
 
 
 def served(server, chance, n_streams):
-    """Tokens a second after the prompts, all streams together, and the server's own time per token."""
+    """Tokens a second after the prompts, all streams together, and the processor time that the server's
+    own threads and this client took for a token."""
     streams = [None] * n_streams
 
     def one(i):
         streams[i] = Stream(server, prompts[i], TOKENS).read()
 
     prompts = [prompt(chance, 4) for _ in range(n_streams)]
-    own = server.own_seconds()
+    own, client = server.own_seconds(), time.process_time()
     threads = [threading.Thread(target=one, args=(i,)) for i in range(n_streams)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     own = (server.own_seconds() - own) / (n_streams * TOKENS)
+    client = (time.process_time() - client) / (n_streams * TOKENS)
     # From when every stream has its first token to when the first of them ends.
     begin, end = max(s.first() for s in streams), min(s.events[-1][0] for s in streams)
     n_tokens = sum(s.counted(end) - s.counted(begin) for s in streams)
     assert all(s.counted() == TOKENS for s in streams)
-    return n_tokens / (end - begin), own
+    return n_tokens / (end - begin), own, client
 
 
 def engine(program, model, threads, n_streams):
-    """The bare engine's tokens a second, the best it could have, and the time of a step."""
+    """The bare engine's tokens a second, the most this machine allows, and what allows no more."""
     command = [program, "bench", "-m", model, "-p", "0", "-n", str(TOKENS), "-b", str(n_streams), "-r", "1", "-t", threads, "--logits", "1", "--json"]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     result = report["results"][0]
@@ -120,13 +122,13 @@ def streams(server, program, model, threads, chance, rounds):
     for n_streams in (1, 16):
         pairs = [(engine(program, model, threads, n_streams), served(server, chance, n_streams)) for _ in range(rounds)]
         bare = [rate for (rate, _, _), _ in pairs]
-        ours = [rate for _, (rate, _) in pairs]
+        ours = [rate for _, (rate, _, _) in pairs]
         limit, limited_by = statistics.median(limit for (_, limit, _), _ in pairs), pairs[0][0][2]
-        own = statistics.median(own for _, (_, own) in pairs)
+        own, client = (statistics.median(measured[i] for _, measured in pairs) for i in (1, 2))
         rate = rates[n_streams] = statistics.median(ours)
         show = lambda values: ", ".join(f"{value:.1f}" for value in values)
         print(f"{n_streams:2} streams: engine {show(bare)} tokens/s, server {show(ours)}; {rate / limit:.0%} of the {limit:.0f} that {limited_by} allows")
-        print(f"            the server's own threads: {own * 1e6:.0f} µs a token, {own * rate:.2%} of one processor", flush=True)
+        print(f"            the server's own threads: {own * 1e6:.0f} µs a token, {own * rate:.2%} of one processor; this client {client * rate:.2%}", flush=True)
     print(f"16 streams give {rates[16] / rates[1]:.2f} times one stream")
 
 
@@ -138,6 +140,10 @@ def shared_prefix(server, chance, rounds):
         print(f"first token behind 1,000 tokens: {first:.3f} s, with the same beginning again {second:.3f} s, {second / first:.1%}", flush=True)
 
 
+def is_busy(server):
+    return server.metric("bitnet_sequences_running") + server.metric("bitnet_sequences_waiting") > 0
+
+
 def leaving(server, chance, rounds):
     """Milliseconds from a client's leaving to the engine having nothing to do."""
     for what, n_prompt, n_read in [("between tokens", 8, 4), ("in a prompt of 3,000 tokens", 3000, 0)]:
@@ -146,11 +152,11 @@ def leaving(server, chance, rounds):
             stream = Stream(server, prompt(chance, n_prompt), 1000).read(n_read)
             if n_read == 0:
                 time.sleep(0.3)
-            assert server.metric("bitnet_sequences_running") == 1
+            assert is_busy(server)
             start = time.monotonic()
             stream.response.close()
             stream.connection.close()
-            while server.metric("bitnet_sequences_running") > 0:
+            while is_busy(server):
                 time.sleep(0.001)
             times.append(time.monotonic() - start)
         print(f"a client leaves {what}: free after {', '.join(f'{at * 1e3:.0f}' for at in times)} ms", flush=True)

@@ -316,6 +316,8 @@ impl WorkerThread {
     fn step(&mut self) -> bitnet_core::Result<()> {
         self.scheduler.drop_abandoned();
         self.scheduler.plan_step(&mut self.batch, &mut self.plan, self.draft.as_mut())?;
+        // Before the step as well: that of a long prompt may take seconds.
+        self.publish_stats();
         if !self.plan.is_empty() {
             self.batch.n_best = self.best_wanted();
             self.backend.execute_batch(&self.batch, &mut self.logits)?;

@@ -61,11 +61,11 @@ mod trace;
 mod utility;
 
 use axum::Router;
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderValue, Method, header};
 use axum::middleware::{from_fn_with_state, map_response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 pub use batch::{BatchAnswer, BatchLines};
 pub use config::{Limits, Listen, ServerConfig};
@@ -143,16 +143,10 @@ fn cors(config: &ServerConfig) -> CorsLayer {
             AllowOrigin::list(config.cors_origins.iter().filter_map(value))
         }
     };
-    let request_headers = [
-        header::AUTHORIZATION,
-        header::CONTENT_TYPE,
-        middleware::REQUEST_ID,
-        HeaderName::from_static("x-api-key"),
-        HeaderName::from_static("anthropic-version"),
-    ];
     CorsLayer::new()
         .allow_origin(origins)
         .allow_methods([Method::GET, Method::POST])
-        .allow_headers(request_headers)
+        // Official clients in browsers send names of their own; whoever may call may send any header.
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([middleware::REQUEST_ID, header::RETRY_AFTER])
 }

@@ -69,9 +69,11 @@ async fn listed_origins_get_cors_headers() {
     let preflight = Request::options("/v1/chat/completions")
         .header("origin", origin)
         .header("access-control-request-method", "POST")
-        .header("access-control-request-headers", "authorization,content-type");
+        .header("access-control-request-headers", "authorization,content-type,x-stainless-os");
     let answer = server.send(preflight).await;
     assert_eq!(answer.status, 200);
+    let headers = answer.headers["access-control-allow-headers"].to_str().unwrap();
+    assert!(headers.contains("x-stainless-os"), "{headers}");
     assert_eq!(answer.headers["access-control-allow-origin"], origin);
     let answer = server.send(Request::get("/v1/models").header("origin", origin)).await;
     assert_eq!(answer.headers["access-control-allow-origin"], origin);
