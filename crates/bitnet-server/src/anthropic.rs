@@ -251,7 +251,7 @@ pub(crate) struct AnthropicErrorBody {
     tag = "Anthropic",
     request_body = MessagesRequest,
     responses(
-        (status = 200, content((MessageResponse = "application/json"), (String = "text/event-stream"))),
+        (status = 200, content((MessageResponse = "application/json"), (crate::openapi::StreamEvent = "text/event-stream"))),
         (status = "4XX", body = AnthropicError),
         (status = "5XX", body = AnthropicError),
     )

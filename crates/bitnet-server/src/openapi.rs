@@ -53,6 +53,17 @@ pub(crate) struct OpenAiErrorBody {
     pub code: Option<String>,
 }
 
+/// An event of a stream. OpenAPI 3.1 has no word for it; tools read the schema of `text/event-stream`
+/// as that of each event.
+#[derive(ToSchema)]
+#[allow(dead_code)] // Read by the derive only.
+pub(crate) struct StreamEvent {
+    /// Its kind, in formats that name kinds.
+    event: Option<String>,
+    /// A JSON object, or `[DONE]`.
+    data: String,
+}
+
 #[derive(OpenApi)]
 #[openapi(
     info(

@@ -131,7 +131,7 @@ pub(crate) struct ChatResponse {
     tag = "OpenAI",
     request_body = ChatRequest,
     responses(
-        (status = 200, content((ChatResponse = "application/json"), (String = "text/event-stream"))),
+        (status = 200, content((ChatResponse = "application/json"), (crate::openapi::StreamEvent = "text/event-stream"))),
         (status = "4XX", body = crate::openapi::OpenAiError),
         (status = "5XX", body = crate::openapi::OpenAiError),
     )

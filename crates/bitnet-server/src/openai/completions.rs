@@ -135,7 +135,7 @@ pub(crate) struct CompletionLogprobs {
     tag = "OpenAI",
     request_body = CompletionRequest,
     responses(
-        (status = 200, content((CompletionResponse = "application/json"), (String = "text/event-stream"))),
+        (status = 200, content((CompletionResponse = "application/json"), (crate::openapi::StreamEvent = "text/event-stream"))),
         (status = "4XX", body = crate::openapi::OpenAiError),
         (status = "5XX", body = crate::openapi::OpenAiError),
     )

@@ -355,7 +355,7 @@ impl<'de> Deserialize<'de> for ItemText {
     tag = "OpenAI",
     request_body = ResponsesRequest,
     responses(
-        (status = 200, content((super::responses_stream::ResponseBody = "application/json"), (String = "text/event-stream"))),
+        (status = 200, content((super::responses_stream::ResponseBody = "application/json"), (crate::openapi::StreamEvent = "text/event-stream"))),
         (status = "4XX", body = crate::openapi::OpenAiError),
         (status = "5XX", body = crate::openapi::OpenAiError),
     )
