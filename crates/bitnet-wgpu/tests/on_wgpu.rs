@@ -169,7 +169,7 @@ fn weights_pass_through_staging_buffers() {
     assert_eq!((stats.transfers, stats.transferred_bytes), (6, bytes));
     assert!(stats.bandwidth > 0.0);
     let staging = stats.allocated_bytes - bytes;
-    assert!(staging <= (2 * 4 << 20) + (64 << 10), "{staging} bytes beside the weights");
+    assert!(staging <= 2 * (4 << 20) + (64 << 10), "{staging} bytes beside the weights");
     let tokens: Vec<u32> = vec![0, 2047, 2048, 10_239, 10_240, ROWS as u32 - 1];
     let rows = 0..tokens.len();
     let sequences = vec![SequenceSlice { rows: rows.clone(), first_position: 0, blocks: vec![] }];
