@@ -45,10 +45,22 @@ pub(crate) fn code(result: anyhow::Result<Outcome>, term: &Term) -> ExitCode {
         Ok(Outcome::Interrupted) => ExitCode::from(INTERRUPTED),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            term.error(&format!("{error:#}"));
+            term.error(&message(&error));
             ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
         }
     }
+}
+
+/// The chain of causes, without a cause that the next one begins with: "model PATH: PATH: cannot open".
+fn message(error: &anyhow::Error) -> String {
+    let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+    let told = |i: usize| {
+        let subject = causes[i].strip_prefix("model ").unwrap_or(&causes[i]);
+        causes.get(i + 1).is_some_and(|next| next.starts_with(subject))
+    };
+    let parts: Vec<&str> =
+        (0..causes.len()).filter(|&i| !told(i)).map(|i| causes[i].as_str()).collect();
+    parts.join(": ")
 }
 
 /// Whether our reader has gone, as `head` does once it has its lines: nothing to complain about.

@@ -149,7 +149,7 @@ fn wrong_use_is_code_2_and_failure_is_code_1() {
         (&["run", "x", "--threads", "0"], 2, "threads"),
         (&["run", "x", "--logprobs", "2"], 2, "--json"),
         (&["run", "x", "--nonsense"], 2, "--nonsense"),
-        (&["run", "x", "--kernel", "abacus"], 1, "abacus"),
+        (&["run", "x", "--kernel", "abacus"], 2, "abacus"),
         (&["run", "x", "-m", "/nowhere/model.gguf"], 1, "expected a GGUF file"),
         (&["run", "--file", "/nowhere/prompt"], 1, "/nowhere/prompt"),
         (&["run", "x", "--device", "gpu"], 1, "gpu"),
@@ -214,4 +214,43 @@ mod signals {
         assert_eq!(output.status.code(), Some(0));
         assert_eq!(common::text(&output.stderr), "");
     }
+}
+
+/// A copy of a small model with NaN in place of its embedding.
+fn damaged_model(folder: &std::path::Path) -> String {
+    let source = golden("bitnet-tiny/packed_multiply");
+    for file in std::fs::read_dir(source).unwrap().map(|file| file.unwrap().path()) {
+        std::fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+    }
+    let path = folder.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let table = tensors.tensor("model.embed_tokens.weight").unwrap().data();
+    let start = table.as_ptr().addr() - bytes.as_ptr().addr();
+    let range = start..start + table.len();
+    bytes[range].fill(0xff); // NaN in every float format
+    std::fs::write(path, bytes).unwrap();
+    folder.display().to_string()
+}
+
+#[test]
+fn a_model_that_computes_no_numbers_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = damaged_model(folder.path());
+    let text = folder.path().join("text.txt");
+    std::fs::write(&text, "The king and the queen lived in a castle by the sea.").unwrap();
+    for args in [
+        &["run", "-m", &model, "The king"][..],
+        &["logits", &model, "--ids", "1, 2", "--json"],
+        &["logits", &model, "--ids", "1,2"],
+        &["eval", &text.display().to_string(), "--model", &model],
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(error.contains("not numbers") || error.contains("not finite"), "{args:?}: {error}");
+        assert!(output.stdout.is_empty() || args[0] == "run", "{args:?} printed before it failed");
+    }
+    let chat = run_with_input(&["chat", "-m", &model], "hello\n");
+    assert_eq!(chat.status.code(), Some(1), "an answer failed where nobody watched");
 }

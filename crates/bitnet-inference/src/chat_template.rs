@@ -236,6 +236,8 @@ fn error(error: minijinja::Error) -> TemplateError {
         return TemplateError::TooMuchWork { line };
     }
     let reason = error.to_string();
+    // The line is told already, and the name is our own.
+    let reason = reason.rsplit_once(" (in ").map_or(&*reason, |(reason, _)| reason);
     TemplateError::Invalid { line, reason: reason.chars().take(300).collect() }
 }
 

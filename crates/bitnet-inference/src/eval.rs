@@ -121,7 +121,7 @@ impl Evaluation {
 ///
 /// # Errors
 /// A text too short to have a token that counts, a window that the context does not hold, a model
-/// without a tokenizer.
+/// without a tokenizer or with damaged weights.
 pub fn evaluate(
     engine: &InferenceEngine,
     model: &Model,
@@ -141,6 +141,10 @@ pub fn evaluate(
         let logprobs = engine.score(model, &InferenceInput::Tokens(input))?;
         let first = fed.start + 1;
         let logprobs = &logprobs[counted.start - first..counted.end - first];
+        if logprobs.iter().any(|logprob| !logprob.is_finite()) {
+            let what = "it computes probabilities that are not numbers";
+            return Err(InferenceError::model_lacks(model.get_model_id(), what));
+        }
         let bytes = tokens[counted].iter().map(|&id| tokenizer.token_bytes(id).len() as u64).sum();
         found.add(logprobs, bytes);
         if progress(&found).is_break() {

@@ -232,7 +232,10 @@ impl Model {
         options: &ChatOptions,
     ) -> Result<InferenceInput> {
         let tokens = self.chat_template()?.encode(self.tokenizer()?, messages, options);
-        let refused = |e| InferenceError::input("messages", "what the chat template accepts", e);
+        let refused = |e| {
+            let expected = format!("what the chat template of {} accepts", self.get_model_id());
+            InferenceError::input("messages", expected, e)
+        };
         Ok(InferenceInput::Tokens(tokens.map_err(refused)?))
     }
 

@@ -41,12 +41,15 @@ pub struct Sampled {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SampleError {
-    /// Every token is banned, or the model produced no number.
-    #[error("no token can be drawn: all {vocab} logits are NaN, minus infinity or banned")]
+    /// Every token is banned.
+    #[error("no token can be drawn: all {vocab} logits are minus infinity or banned")]
     NoLegalToken {
         /// Length of the row of logits.
         vocab: usize,
     },
+    /// What is not banned is NaN: the model is damaged.
+    #[error("no token can be drawn: the model computes logits that are not numbers")]
+    NotANumber,
     /// The row of logits has another length than the vocabulary.
     #[error("logits: expected {expected} (the vocabulary), got {got}")]
     WrongLength {
@@ -187,7 +190,11 @@ impl Sampler {
         while let Some((id, logit)) = self.undo.pop() {
             logits[id as usize] = logit;
         }
-        let token = choice.ok_or(SampleError::NoLegalToken { vocab: self.vocab })?;
+        let none = || match logits.iter().any(|logit| logit.is_nan()) {
+            true => SampleError::NotANumber,
+            false => SampleError::NoLegalToken { vocab: self.vocab },
+        };
+        let token = choice.ok_or_else(none)?;
         let Some(n_top) = self.options.logprobs else {
             return Ok(Sampled { token, logprob: None, top: Vec::new() });
         };

@@ -22,6 +22,7 @@ use crate::kv_blocks::BlockPool;
 use crate::request::{
     Continuation, Event, EventSender, FinishReason, GeneratedToken, Goal, Request,
 };
+use crate::sampler::SampleError;
 use crate::scheduler::{PlannedSlice, Scheduler, StepLimits};
 use crate::score::with_alternatives;
 use crate::sequence::Sequence;
@@ -525,7 +526,7 @@ fn next_tokens(
 /// Samples the next token of a sequence; a reason to end, if this was its last one.
 ///
 /// # Errors
-/// No token belongs to what the answer is held to.
+/// No token belongs to what the answer is held to; the model computes no numbers.
 fn next_token(
     sequence: &mut Sequence,
     logits: &mut [f32],
@@ -541,7 +542,8 @@ fn next_token(
         None => match sampler.sample(logits) {
             Ok(sampled) => sampled,
             // Every token is forbidden: there is nothing to say.
-            Err(_) => return Ok(Some(FinishReason::Stop)),
+            Err(SampleError::NoLegalToken { .. }) => return Ok(Some(FinishReason::Stop)),
+            Err(error) => return Err(InferenceError::model_lacks("output", error.to_string())),
         },
         Some(constraint) => {
             let allowed = constraint.allowed()?;

@@ -33,13 +33,22 @@ impl QuantizeOptions {
 /// [`convert::convert`].
 ///
 /// # Errors
-/// As `convert`; and a checkpoint in which there is nothing to quantize.
+/// As `convert`; a checkpoint in which there is nothing to quantize; something to keep that it does not
+/// have.
 pub fn quantize(
     checkpoint: &Checkpoint,
     options: &QuantizeOptions,
     out: impl AsRef<Path>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
+    for entry in &options.keep {
+        let one = std::slice::from_ref(entry);
+        if !checkpoint.projections().any(|path| hf::lists(one, &path)) {
+            let error =
+                Error::malformed("what to keep", "a projection or a part of its path", entry);
+            return Err(error.in_file(&checkpoint.parts().place));
+        }
+    }
     let select = |path: &str| !hf::lists(&options.keep, path);
     if !checkpoint.projections().any(|path| select(&path) && checkpoint.is_stored_float(&path)) {
         let error = Error::malformed("projections", "float weights to quantize", "none");

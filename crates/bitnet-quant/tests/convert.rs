@@ -204,6 +204,11 @@ fn nothing_is_replaced_without_force() {
         run(&source, ConvertOptions { force: true, ..target(name) }, &out).unwrap();
         same(&source, &Checkpoint::open(&out).unwrap(), 0.0);
     }
+    // The tokenizer and template of the model that was there are not the new one's.
+    let (own, out) = (golden("qwen3-tiny/packed_multiply"), folder.path().join("hf"));
+    std::fs::write(out.join("chat_template.jinja"), "of another model").unwrap();
+    run(&own, ConvertOptions { force: true, ..target("hf") }, &out).unwrap();
+    assert!(!out.join("chat_template.jinja").exists() && !out.join("tokenizer.json").exists());
     // Other weights in a folder would be found in place of the new ones: never replaced.
     let out = folder.path().join("hf");
     std::fs::write(out.join("model-00001-of-00002.safetensors"), b"x").unwrap();

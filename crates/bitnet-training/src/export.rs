@@ -17,7 +17,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::model::{Model, Precision};
+use crate::model::{Model, ParameterKind, Precision};
 
 /// What a model's text files say of its special tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -67,6 +67,22 @@ fn files(model: &Model, text: &Path) -> Result<Vec<(String, Bytes)>> {
         }
     }
     Ok(files)
+}
+
+/// Whether `target` can hold the projections of `model`; to be asked before a long run.
+///
+/// # Errors
+/// A projection whose columns are not whole blocks of the target's packing.
+pub fn check(model: &Model, target: Target) -> Result<()> {
+    let (Precision::Ternary, Target::Gguf(packing)) = (model.precision(), target) else {
+        return Ok(());
+    };
+    for (parameter, _) in model.named_parameters() {
+        if let (ParameterKind::Projection, [rows, cols]) = (parameter.kind, &parameter.shape[..]) {
+            packing.bytes(&parameter.name, *rows, *cols)?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes a checkpoint that [`checkpoint()`] made: a folder or a GGUF file, as `target` demands.

@@ -275,6 +275,13 @@ fn what_is_wrong_is_said_before_the_first_step() {
                 r.train.window = 2000;
             }),
         ),
+        (
+            "columns divisible by 256",
+            Box::new(|r| {
+                r.model.intermediate_size = Some(384);
+                r.export = vec!["tq2_0".into()];
+            }),
+        ),
         ("nowhere", Box::new(|r| r.from = Some("nowhere".into()))),
     ];
     // One tokenizer for all, so that vocabularies can disagree with it.

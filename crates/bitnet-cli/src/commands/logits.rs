@@ -12,7 +12,7 @@ use crate::term::{Style, Term, printable};
 
 const EXAMPLES: &str = "\
 Examples:
-  bitnet logits builtin --ids 2346,331,704 
+  bitnet logits builtin --ids 2346,331,704
   bitnet logits model.gguf --ids 1,2,3 --all --json > logits.json
 
 No token is added. The KV cache is f32 unless --kv says otherwise, so that nothing but the model's own
@@ -29,7 +29,7 @@ pub(crate) struct LogitsArgs {
     /// GGUF file, safetensors file, Hugging Face folder, or 'builtin'
     model: PathBuf,
     /// Token ids, separated by commas
-    #[arg(long, value_name = "IDS", value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "IDS", value_delimiter = ',', required = true, value_parser = token_id)]
     ids: Vec<u32>,
     /// Logits after every token, not only the last
     #[arg(long)]
@@ -41,6 +41,10 @@ pub(crate) struct LogitsArgs {
     engine: EngineArgs,
 }
 
+fn token_id(text: &str) -> Result<u32, String> {
+    text.trim().parse().map_err(|_| "expected whole numbers separated by commas".into())
+}
+
 /// Computes and prints.
 pub(crate) fn run(args: LogitsArgs, term: &Term) -> anyhow::Result<Outcome> {
     let (engine, model) = args.engine.load_with_kv(&args.model, KvType::F32, term)?;
@@ -50,6 +54,11 @@ pub(crate) fn run(args: LogitsArgs, term: &Term) -> anyhow::Result<Outcome> {
         true => engine.logits_of_all(&model, &input)?,
         false => vec![engine.infer_blocking(&model, &input)?.logits],
     };
+    anyhow::ensure!(
+        rows.iter().flatten().all(|logit| logit.is_finite()),
+        "model {} computes logits that are not finite",
+        model.get_model_id()
+    );
     let mut out = BufWriter::new(io::stdout().lock());
     if args.json {
         print_json(&mut out, &rows)?;
@@ -67,10 +76,6 @@ pub(crate) fn run(args: LogitsArgs, term: &Term) -> anyhow::Result<Outcome> {
 fn print_json(out: &mut impl Write, rows: &[Vec<f32>]) -> anyhow::Result<()> {
     write!(out, "{{\"logits\": [")?;
     for (i, row) in rows.iter().enumerate() {
-        anyhow::ensure!(
-            row.iter().all(|logit| logit.is_finite()),
-            "the model computes logits that are not finite, which JSON cannot hold"
-        );
         out.write_all(if i > 0 { b",\n" } else { b"\n" })?;
         serde_json::to_writer(&mut *out, row)?;
     }

@@ -20,7 +20,6 @@ const EXAMPLES: &str = "\
 Examples:
   bitnet run \"Once upon a time\"
   bitnet run -m model.gguf --chat \"Why is the sky blue?\"
-  bitnet run -m model.gguf --chat \"Why is the sky blue?\"
   bitnet run -m model.gguf --greedy -n 64 --file prompt.txt
   git diff | bitnet run -m model.gguf --json > answer.json
 

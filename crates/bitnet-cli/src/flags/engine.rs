@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use bitnet_core::kernels::Kernels;
 use bitnet_inference::{
     BUILTIN_MODEL, Device, EngineConfig, InferenceEngine, InferenceError, KvType, Model,
 };
@@ -14,6 +15,14 @@ use crate::term::{Term, Unit};
 
 /// A load shorter than this shows no bar.
 const QUIET_LOAD: Duration = Duration::from_millis(300);
+
+/// A set of kernels that this CPU can run; empty for the best.
+pub(crate) fn kernel_name(name: &str) -> Result<String, String> {
+    if !name.is_empty() {
+        Kernels::by_name(name).map_err(|error| error.to_string())?;
+    }
+    Ok(name.into())
+}
 
 /// Which model.
 #[derive(Debug, Clone, Args)]
@@ -39,7 +48,7 @@ pub(crate) struct EngineArgs {
     #[arg(short, long, env = "BITNET_THREADS", value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// CPU kernel, as `bitnet devices` lists them [default: the best this CPU has]
-    #[arg(long, env = "BITNET_KERNEL", value_name = "NAME")]
+    #[arg(long, env = "BITNET_KERNEL", value_name = "NAME", value_parser = kernel_name)]
     pub(crate) kernel: Option<String>,
     /// Number format of the KV cache [default: f16; q8 in the memory profile]
     #[arg(long, env = "BITNET_KV", value_enum, value_name = "TYPE")]

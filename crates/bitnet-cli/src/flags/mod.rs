@@ -6,5 +6,5 @@
 mod engine;
 mod sampling;
 
-pub(crate) use engine::{DraftArg, EngineArgs, KvArg, ModelArg, as_usage};
+pub(crate) use engine::{DraftArg, EngineArgs, KvArg, ModelArg, as_usage, kernel_name};
 pub(crate) use sampling::{SamplingArgs, fresh_seed};

@@ -168,7 +168,11 @@ proptest! {
                     sampler.accept(sampled.token);
                 }
                 Err(error) => {
-                    prop_assert_eq!(error, SampleError::NoLegalToken { vocab: before.len() });
+                    let want = match logits.iter().any(|l| l.is_nan()) {
+                        true => SampleError::NotANumber,
+                        false => SampleError::NoLegalToken { vocab: before.len() },
+                    };
+                    prop_assert_eq!(error, want);
                 }
             }
             prop_assert!(logits.iter().map(|l| l.to_bits()).eq(before.iter().copied()));

@@ -19,7 +19,7 @@ use ::safetensors::Dtype;
 use bitnet_core::weights::{ActivationQuant, FloatType};
 use bytes::Bytes;
 use serde_json::json;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -122,7 +122,18 @@ fn write_files(
     let mut file = NewFile::create(&out.join(CONFIG), options.force)?;
     file.write(format!("{config:#}\n").as_bytes())?;
     finished.push(file);
+    let written: Vec<PathBuf> = finished.iter().map(|file| file.path().to_owned()).collect();
     finished.into_iter().try_for_each(NewFile::commit)?;
+    // What another model's tokenizer or template left behind would be taken for this one's.
+    for left in TEXT_FILES.map(|name| out.join(name)).iter().filter(|&left| !written.contains(left))
+    {
+        match std::fs::remove_file(left) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(left, "remove", e));
+            }
+            _ => {}
+        }
+    }
     Ok(meter.report)
 }
 

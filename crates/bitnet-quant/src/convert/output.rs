@@ -33,9 +33,14 @@ impl NewFile {
         hidden.push(format!(".{}.part", std::process::id()));
         let temporary = path.with_file_name(hidden);
         let file = OpenOptions::new().write(true).create_new(true).open(&temporary);
-        let file = file.map_err(|e| Error::io(&temporary, "create", e))?;
+        let file = file.map_err(|e| Error::io(path, "create", e))?;
         let file = Some(BufWriter::with_capacity(BUFFER, file));
         Ok(Self { temporary, path: path.to_owned(), file })
+    }
+
+    /// The name it will have.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Where bytes go.

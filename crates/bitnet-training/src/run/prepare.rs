@@ -15,8 +15,9 @@ use crate::data::{
     Corpus, Encoder, Mixture, MixtureState, Share, Stage, Tokens, Windows, open_text,
 };
 use crate::error::{Error, Result};
+use crate::export;
 use crate::model::{Model, ParameterKind, Precision};
-use crate::recipe::{CorpusRecipe, Recipe};
+use crate::recipe::{CorpusRecipe, Form, Recipe};
 use crate::teacher::{self, Teacher};
 use crate::tokenizer::{TokenizerOptions, train_tokenizer};
 use crate::trainer::Trainer;
@@ -114,6 +115,11 @@ impl Run {
                 (Trainer::new(model, options)?, start(identity, data))
             }
         };
+        for form in recipe.targets()? {
+            if let Form::Packed(target) = form {
+                export::check(trainer.model(), target)?;
+            }
+        }
         write_file(&folder.join(RECIPE), recipe.to_toml()?.as_bytes())?;
         let log = Log::open(folder, position.step)?;
         let teacher = match teacher {

@@ -18,7 +18,7 @@ use bitnet_quant::pack::{I2sLayout, Packing};
 use clap::{Args, ValueEnum};
 
 use crate::exit::{Outcome, Usage};
-use crate::flags::KvArg;
+use crate::flags::{KvArg, kernel_name};
 use crate::term::{Term, Unit};
 use record::Record;
 pub(crate) use record::utc;
@@ -90,7 +90,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 40)]
     logits: usize,
     /// CPU kernel, as `bitnet devices` lists them [default: the best this CPU has]
-    #[arg(long, env = "BITNET_KERNEL", value_name = "NAME")]
+    #[arg(long, env = "BITNET_KERNEL", value_name = "NAME", value_parser = kernel_name)]
     kernel: Option<String>,
     /// Number format of the KV cache
     #[arg(long, env = "BITNET_KV", value_enum, value_name = "TYPE", default_value = "f16")]

@@ -70,7 +70,17 @@ pub(crate) fn run(args: ChatArgs, term: &Term) -> anyhow::Result<Outcome> {
     }
     term.note(&format!("{} · /help lists the commands, Ctrl-D leaves", model.get_model_id()));
     let (interrupt, warned) = (&interrupt, model.warnings().len());
-    Session { engine, model, conversation, options, interrupt, term, usage: None, warned }
-        .talk(args.no_history)?;
+    Session {
+        engine,
+        model,
+        conversation,
+        options,
+        interrupt,
+        term,
+        usage: None,
+        warned,
+        failed: false,
+    }
+    .talk(args.no_history)?;
     Ok(Outcome::Done)
 }

@@ -25,6 +25,8 @@ pub(crate) struct Session<'a> {
     pub(crate) usage: Option<Usage>,
     /// Warnings of the model that were shown.
     pub(crate) warned: usize,
+    /// Whether an answer failed.
+    pub(crate) failed: bool,
 }
 
 /// Whether the chat goes on.
@@ -38,7 +40,7 @@ impl Session<'_> {
     /// Talks until Ctrl-D or `/exit`. A failed answer ends the answer, not the chat.
     ///
     /// # Errors
-    /// A terminal or an output that fails.
+    /// A terminal or an output that fails; at the end, an answer that failed where nobody watched.
     pub(crate) fn talk(&mut self, without_history: bool) -> anyhow::Result<()> {
         let mut editor = Editor::new(!without_history, self.term.has_color())?;
         loop {
@@ -68,6 +70,10 @@ impl Session<'_> {
         if let Err(error) = editor.save_history() {
             self.term.warn(&format!("the history was not saved: {error}"));
         }
+        anyhow::ensure!(
+            !self.failed || io::stdin().is_terminal(),
+            "not every question was answered"
+        );
         Ok(())
     }
 
@@ -78,6 +84,7 @@ impl Session<'_> {
             Err(error) if error.is::<io::Error>() => return Err(error),
             Err(error) => {
                 self.conversation.take_back_question();
+                self.failed = true;
                 self.term.error(&format!("{error:#}"));
             }
         }
