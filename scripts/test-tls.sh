@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 for need in openssl curl; do
     command -v "$need" > /dev/null || { echo "SKIPPED: HTTPS was not tested: $need is missing"; exit 0; }
 done
-cargo build --quiet -p bitnet-cli --features tls
+# Of the whole workspace, so that dependencies are built as for its tests.
+cargo build --quiet --workspace --features bitnet-cli/tls --bin bitnet
 bitnet="${CARGO_TARGET_DIR:-target}/debug/bitnet"
 
 folder=$(mktemp -d)
