@@ -132,9 +132,9 @@ mod tests {
             config.validate().unwrap();
             (config.batch_size, config.threads.unwrap())
         };
-        // 4 layers, 2 heads of 64 features, keys and values in f16: 2,048 bytes a token; blocks of
+        // 2 heads of 64 features, keys and values in f16: 512 bytes a token and layer; blocks of
         // 32 tokens; 16,384 bytes of logits.
-        let one = 2 * (32 * 2048 + 16_384);
+        let one = 2 * (32 * 512 * model.num_hidden_layers as u64 + 16_384);
         assert_eq!(choose(10 * one, 0.0, 100, 32), (10, 8));
         assert_eq!(choose(10 * one, 0.0, 3, 32), (3, 8), "no more than there are");
         assert_eq!(choose(10 * one, 0.0, 100, 64), (5, 8), "longer inputs, smaller batches");

@@ -125,7 +125,7 @@ fn write_model(path: &Path, layout: I2sLayout) {
         add(name, vec![weight.len()], TensorType::F32, floats(&weight));
     };
     add_norm("output_norm.weight".into(), "model.norm");
-    for layer in 0..LAYERS {
+    for layer in 0..config.num_hidden_layers {
         for (name, path) in [
             ("attn_norm", "input_layernorm"),
             ("attn_sub_norm", "self_attn.attn_sub_norm"),
@@ -135,7 +135,7 @@ fn write_model(path: &Path, layout: I2sLayout) {
             add_norm(format!("blk.{layer}.{name}.weight"), &format!("model.layers.{layer}.{path}"));
         }
     }
-    for layer in 0..LAYERS {
+    for layer in 0..config.num_hidden_layers {
         for (name, path) in [
             ("attn_q", "self_attn.q_proj"),
             ("attn_k", "self_attn.k_proj"),

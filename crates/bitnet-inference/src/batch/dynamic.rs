@@ -354,8 +354,9 @@ mod tests {
         assert!(statistics.largest_batch > 4 && statistics.grown > 3, "{statistics:?}");
         assert_eq!(statistics.inputs, 59);
 
-        // An input takes 80 KiB: a block and a row of logits.
-        processor.set_memory_budget(MemorySize::KB(170));
+        // A block of 32 tokens, 512 bytes a token and layer, and a row of 4,096 logits.
+        let one = 16 * model.config().num_hidden_layers as u64 + 16;
+        processor.set_memory_budget(MemorySize::KB(2 * one + 10));
         assert_eq!(processor.statistics().batch_size, 2);
         let bounded = processor.infer(&engine, &model, &inputs).unwrap();
         assert!(free.iter().zip(&bounded).all(|(a, b)| a.logits == b.logits));

@@ -222,6 +222,11 @@ fn without_a_legal_token_sampling_ends_with_an_error() {
         let error = SampleError::NoLegalToken { vocab: 3 };
         assert_eq!(sampler(banned, &[], 3).sample(&mut [1.0, 2.0, 3.0]), Err(error.clone()));
         let mut none = [f32::NAN, f32::NEG_INFINITY, f32::NAN];
+        assert_eq!(
+            sampler(options.clone(), &[], 3).sample(&mut none),
+            Err(SampleError::NotANumber)
+        );
+        let mut none = [f32::NEG_INFINITY; 3];
         assert_eq!(sampler(options, &[], 3).sample(&mut none), Err(error));
     }
     let wrong = sampler(plain(), &[], 3).sample(&mut [0.0; 4]);
