@@ -19,7 +19,7 @@ fn logits(path: &str, inputs: &Golden) -> Vec<f64> {
     all
 }
 
-/// ‖a−b‖/‖b‖ and the share of positions whose likeliest token is the same.
+/// ‖a−b‖/‖b‖ and, of the positions that are no ties, the share whose likeliest token is the same.
 fn compare(found: &[f64], expected: &Golden) -> (f64, f64) {
     assert_eq!(found.len(), expected.values.len());
     let pairs = found.iter().zip(&expected.values);
@@ -27,20 +27,26 @@ fn compare(found: &[f64], expected: &Golden) -> (f64, f64) {
     let norm: f64 = expected.values.iter().map(|b| b * b).sum();
     let vocabulary = *expected.shape.last().unwrap();
     let best = |row: &[f64]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+    // A row whose two likeliest tokens are this near is exchanged by any rounding.
+    let tie = |row: &[f64]| {
+        let best = row.iter().fold(f64::MIN, |a, &b| a.max(b));
+        row.iter().filter(|&logit| best - logit < 1e-4).count() > 1
+    };
     let rows = found.chunks_exact(vocabulary).zip(expected.values.chunks_exact(vocabulary));
+    let rows = rows.filter(|(_, expected)| !tie(expected));
     let (n, same) =
         rows.fold((0, 0), |(n, same), (a, b)| (n + 1, same + usize::from(best(a) == best(b))));
     ((difference / norm).sqrt(), f64::from(same as u32) / f64::from(n))
 }
 
 /// `tolerance` is 1e-4 where no rounding of an activation flips, 3e-2 elsewhere: one flip moves a
-/// logit by about a hundredth, and the likeliest token of one position in 24 may change.
+/// logit by about a hundredth.
 fn check(model: &str, file: &str, tensor: &str, tolerance: f64) {
     let inputs = golden_tensor(model, "input_ids");
     let found = logits(&golden(&format!("{model}/{file}")), &inputs);
     let (distance, same) = compare(&found, &golden_tensor(model, tensor));
     assert!(distance < tolerance, "{model}/{file}: distance {distance:e}");
-    assert!(same >= 23.0 / 24.0, "{model}/{file}: {same} of the likeliest tokens agree");
+    assert!(same > 0.97, "{model}/{file}: {same} of the likeliest tokens agree");
 }
 
 #[test]

@@ -62,7 +62,13 @@ fn argmax(row: &[f32]) -> usize {
     (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap()
 }
 
-/// Distance in norm and share of equal argmaxes over all rows of all sequences.
+/// Whether the two likeliest tokens of a row are so near that any rounding may exchange them.
+fn is_tie(row: &[f32]) -> bool {
+    let best = row[argmax(row)];
+    row.iter().filter(|&&logit| best - logit < 1e-4).count() > 1
+}
+
+/// Distance in norm and, over the rows of all sequences that are no ties, share of equal argmaxes.
 fn compare(engine: &InferenceEngine, model: &Model, golden: &Golden, logits: &str) -> (f64, f64) {
     let mut ours = Vec::new();
     for ids in golden.ids("input_ids") {
@@ -71,7 +77,11 @@ fn compare(engine: &InferenceEngine, model: &Model, golden: &Golden, logits: &st
     }
     let reference = golden.floats(logits);
     let vocab = model.get_output_dim();
-    let rows = || ours.chunks_exact(vocab).zip(reference.chunks_exact(vocab));
+    let rows = || {
+        let rows = ours.chunks_exact(vocab).zip(reference.chunks_exact(vocab));
+        rows.filter(|(_, reference)| !is_tie(reference))
+    };
+    assert!(rows().count() * 10 > 9 * (reference.len() / vocab), "too many ties to compare");
     let equal = rows().filter(|(a, b)| argmax(a) == argmax(b)).count();
     (distance(&ours, &reference), equal as f64 / rows().count() as f64)
 }
@@ -112,10 +122,7 @@ fn logits_of_every_form_match_the_reference() {
         let (distance, argmax) = compare(&engine, &loaded, &golden, &format!("logits.{logits}"));
         println!("{model}/{file}: distance {distance:.2e}, argmax {argmax:.3}");
         assert!(distance < tolerance, "{model}/{file}: distance {distance:.2e}");
-        // The TQ files hold their scales in f16, the reference computed with f32: that moves every
-        // activation a little, flips roundings in every row, and one of 24 rows is nearly a tie.
-        let equal = if model == "gguf-bitnet-silu" { 23.0 / 24.0 } else { 0.97 };
-        assert!(argmax >= equal, "{model}/{file}: argmax {argmax}");
+        assert!(argmax > 0.97, "{model}/{file}: argmax {argmax}");
     }
 }
 
