@@ -144,6 +144,7 @@ fn wrong_use_is_code_2_and_failure_is_code_1() {
         (&["run", ""][..], 2, "expected a prompt"),
         (&["run", "x", "--temperature", "-1"], 2, "temperature"),
         (&["run", "x", "--top-p", "2"], 2, "top_p"),
+        (&["run", "x", "--seed", "-1"], 2, "'--seed <N>'"),
         (&["run", "x", "--dry-base", "2"], 2, "--dry-multiplier"),
         (&["run", "x", "--logit-bias", "7"], 2, "TOKEN_ID=BIAS"),
         (&["run", "x", "--threads", "0"], 2, "threads"),

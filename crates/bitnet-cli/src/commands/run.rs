@@ -174,12 +174,19 @@ fn input(
 
 fn as_json(model: &Model, prompt: &str, options: &GenerationOptions, answer: &Answer) -> Value {
     let (usage, timings) = report::usage_json(&answer.usage);
+    // Of a token alone; a character that several tokens make is in the whole text only.
+    let text = |id: u32| model.tokenizer().ok().map(|tokenizer| tokenizer.decode(&[id], true));
     let token = |token: &bitnet_inference::GeneratedToken| match options.logprobs {
-        None => json!({ "id": token.id }),
+        None => json!({ "id": token.id, "text": text(token.id) }),
         Some(_) => {
-            let top = |(id, logprob): &(u32, f32)| json!({ "id": id, "logprob": logprob });
+            let top = |&(id, logprob): &(u32, f32)| json!({ "id": id, "text": text(id), "logprob": logprob });
             let top: Vec<_> = token.top_logprobs.iter().map(top).collect();
-            json!({ "id": token.id, "logprob": token.logprob, "top_logprobs": top })
+            json!({
+                "id": token.id,
+                "text": text(token.id),
+                "logprob": token.logprob,
+                "top_logprobs": top,
+            })
         }
     };
     json!({

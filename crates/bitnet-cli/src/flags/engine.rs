@@ -7,6 +7,7 @@ use bitnet_core::kernels::Kernels;
 use bitnet_inference::{
     BUILTIN_MODEL, Device, EngineConfig, InferenceEngine, InferenceError, KvType, Model,
 };
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 
 use crate::exit::Usage;
@@ -24,11 +25,19 @@ pub(crate) fn kernel_name(name: &str) -> Result<String, String> {
     Ok(name.into())
 }
 
+/// A path; an empty one, as of a variable that was emptied, is the built-in model.
+fn model_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(|path| match path.is_empty() {
+        true => BUILTIN_MODEL.into(),
+        false => path.into(),
+    })
+}
+
 /// Which model.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ModelArg {
     /// GGUF file, safetensors file, Hugging Face folder, or 'builtin'
-    #[arg(short, long, env = "BITNET_MODEL", default_value = BUILTIN_MODEL)]
+    #[arg(short, long, env = "BITNET_MODEL", default_value = BUILTIN_MODEL, value_parser = model_path())]
     pub(crate) model: PathBuf,
 }
 

@@ -10,7 +10,7 @@ use crate::exit::Usage;
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
     /// Most tokens to generate
-    #[arg(short = 'n', long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) max_tokens: Option<u32>,
     /// Higher is more surprising; 0 always takes the likeliest token [default: 0.8]
     #[arg(
@@ -25,7 +25,7 @@ pub(crate) struct SamplingArgs {
     #[arg(long)]
     pub(crate) greedy: bool,
     /// Keep the K likeliest tokens; 0 keeps all [default: 40]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub(crate) top_k: Option<u32>,
     /// Keep the likeliest tokens that together reach this probability [default: 0.95]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
@@ -64,7 +64,7 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "TEXT", value_parser = unescape)]
     pub(crate) dry_sequence_breaker: Vec<String>,
     /// Make the draws repeatable
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
     /// End before this text; may be given several times; \n and \t are understood
     #[arg(long, value_name = "TEXT", value_parser = unescape)]
