@@ -552,3 +552,37 @@ fn wide_products_are_exact_sums_times_scales() {
         }
     }
 }
+
+#[test]
+fn byte_products_equal_plain_loops() {
+    // Tiles, steps and tokens around the sizes of the kernels' passes.
+    let most = MAX_BYTE_COLS / 4;
+    let few = (1..=9).map(|n_tokens| (3, 7, n_tokens));
+    let cases = [(1, 1, 1), (2, 2, 3), (1, 64, 5), (4, 5, 17), (1, most, 1), (2, most, 5)];
+    for kernels in Kernels::available() {
+        for (n_tiles, steps, n_tokens) in few.clone().chain(cases) {
+            let stride = 4 * steps + 8;
+            let hash = |i: usize| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8;
+            let extreme = steps > 1000;
+            let code = |i| if extreme { 255 } else { hash(i) };
+            let tiles: Vec<u8> = (0..n_tiles * steps * STEP_BYTES).map(code).collect();
+            let x = |i| if extreme { -128 } else { hash(i + 77) as i8 };
+            let x: Vec<i8> = (0..n_tokens * stride).map(x).collect();
+            let mut sums = vec![1; n_tiles * n_tokens * TILE_ROWS];
+            let tokens = TokenCodes { codes: &x, stride, n_tokens };
+            kernels.byte_products(&tiles, steps, &tokens, &mut sums);
+            for (i, sum) in sums.iter().enumerate() {
+                let (row, at) = (i % TILE_ROWS, i / TILE_ROWS);
+                let (token, tile) = (at % n_tokens, at / n_tokens);
+                let expected: i64 = (0..4 * steps)
+                    .map(|c| {
+                        let step = tile * steps + c / 4;
+                        let code = tiles[step * STEP_BYTES + 4 * row + c % 4];
+                        i64::from(code) * i64::from(x[token * stride + c])
+                    })
+                    .sum();
+                assert_eq!(i64::from(*sum), expected, "{kernels:?} {steps} {n_tokens} {i}");
+            }
+        }
+    }
+}

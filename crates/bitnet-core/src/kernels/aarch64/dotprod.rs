@@ -25,7 +25,7 @@ pub(in crate::kernels) static DOTPROD: Kernels = Kernels {
     pack_tile,
     trits: None,
     float_products,
-    byte_products: crate::kernels::scalar::byte_products,
+    byte_products: super::bytes::dotprod,
     wide_products: crate::kernels::wide::scalar,
     round_rows,
     attention: &attend::PORTABLE,
@@ -45,7 +45,7 @@ const BLOCK_TOKENS: usize = 4;
 /// In assembly because the compiler's own name for it, `vdotq_laneq_s32`, is not stable yet.
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn sdot<const LANE: i32>(sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
+pub(super) fn sdot<const LANE: i32>(sums: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
     let mut sums = sums;
     // SAFETY: the instruction, which this function's features include, works on registers alone.
     unsafe {

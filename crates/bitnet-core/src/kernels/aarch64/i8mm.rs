@@ -25,7 +25,7 @@ pub(in crate::kernels) static I8MM: Kernels = Kernels {
     pack_tile,
     trits: None,
     float_products,
-    byte_products: crate::kernels::scalar::byte_products,
+    byte_products: super::bytes::dotprod,
     wide_products: crate::kernels::wide::scalar,
     round_rows,
     attention: &attend::PORTABLE,

@@ -1,5 +1,6 @@
 //! Kernels of aarch64: NEON as every such CPU has it, with `sdot`, and with `smmla`.
 
+mod bytes;
 mod dotprod;
 mod i8mm;
 mod neon;

@@ -23,7 +23,7 @@ pub(in crate::kernels) static NEON: Kernels = Kernels {
     pack_tile,
     trits: None,
     float_products,
-    byte_products: crate::kernels::scalar::byte_products,
+    byte_products: super::bytes::neon,
     wide_products: crate::kernels::wide::scalar,
     round_rows,
     attention: &attend::PORTABLE,
