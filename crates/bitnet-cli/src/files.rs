@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::exit::Usage;
-use crate::term::{Term, Unit, bytes, count, printable};
+use crate::term::{Term, Unit, bytes, count, counted, printable};
 
 /// The whole text of a file; `-` stands for standard input.
 ///
@@ -144,9 +144,10 @@ impl OutputArgs {
             writeln!(out, "{report:#}")?;
             return Ok(());
         }
-        let (tensors, ternary) = (count(report.tensors as u64), count(report.ternary as u64));
+        let tensors = counted(report.tensors as u64, "tensor");
+        let ternary = count(report.ternary as u64);
         let (path, size) = (self.output.display(), bytes(report.bytes));
-        writeln!(out, "{path}: {size} in {tensors} tensors, {ternary} of them ternary")?;
+        writeln!(out, "{path}: {size} in {tensors}, {ternary} of them ternary")?;
         if report.scale_error > 0.0 {
             let error = report.scale_error * 100.0;
             term.note(&format!("scales rounded to half precision, by at most {error:.3} %"));

@@ -200,6 +200,11 @@ pub(crate) fn count(n: u64) -> String {
     out
 }
 
+/// A number of things: `1 tensor`, `1,234 tensors`.
+pub(crate) fn counted(n: u64, thing: &str) -> String {
+    format!("{} {thing}{}", count(n), if n == 1 { "" } else { "s" })
+}
+
 /// Bytes in the largest binary unit that keeps a whole digit.
 pub(crate) fn bytes(n: u64) -> String {
     let units = ["KiB", "MiB", "GiB", "TiB"];

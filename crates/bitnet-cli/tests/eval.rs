@@ -95,7 +95,7 @@ fn people_see_labelled_values() {
     }
     assert!(!shown.contains('\x1b'), "no colours outside a terminal");
     let loud = run(&["eval", path, "--max-chars", "200"]);
-    assert!(common::text(&loud.stderr).contains("1 of 1 windows"));
+    assert!(common::text(&loud.stderr).contains("1 of 1 window in"));
     let quiet = run(&["eval", path, "--max-chars", "200", "--quiet"]);
     assert!(quiet.stderr.is_empty());
 }

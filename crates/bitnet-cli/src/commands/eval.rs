@@ -15,7 +15,7 @@ use crate::files::read_text;
 use crate::flags::{EngineArgs, ModelArg};
 use crate::interrupt::Interrupt;
 use crate::report;
-use crate::term::{Style, Term, Unit, count, duration, rate};
+use crate::term::{Style, Term, Unit, count, counted, duration, rate};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -105,9 +105,9 @@ pub(crate) fn run(args: EvalArgs, term: &Term) -> anyhow::Result<Outcome> {
     let seconds = started.elapsed();
     let fed = (found.window * found.windows_done) as f64;
     term.note(&format!(
-        "{} of {} windows in {} ({} tok/s)",
+        "{} of {} in {} ({} tok/s)",
         found.windows_done,
-        found.windows,
+        counted(found.windows as u64, "window"),
         duration(seconds),
         rate(fed / seconds.as_secs_f64()),
     ));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::exit::Outcome;
 use crate::files::InputArgs;
-use crate::term::{Style, Term, bytes, count, printable};
+use crate::term::{Style, Term, bytes, count, counted, printable};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -286,8 +286,8 @@ fn as_text(checkpoint: &Checkpoint, list_tensors: bool, term: &Term) -> String {
     let bits = bits_per_weight(checkpoint, &tensors);
     page.line("size", format!("{}, {bits:.2} bits per weight", bytes(size)));
     for (name, format) in formats(&tensors) {
-        let n = count(format.tensors);
-        page.line(name, format!("{n} tensors, {}", bytes(format.bytes)));
+        let tensors = counted(format.tensors, "tensor");
+        page.line(name, format!("{tensors}, {}", bytes(format.bytes)));
     }
 
     page.heading("Text");

@@ -11,7 +11,7 @@ use super::slash::{self, COMMANDS, Slash};
 use crate::answer;
 use crate::interrupt::Interrupt;
 use crate::report;
-use crate::term::{Style, Term, count, printable};
+use crate::term::{Style, Term, count, counted, printable};
 
 /// A chat in progress.
 pub(crate) struct Session<'a> {
@@ -154,8 +154,8 @@ impl Session<'_> {
             },
             Slash::Load(path) => match self.conversation.load(&path) {
                 Ok(()) => {
-                    let n = self.conversation.n_exchanges();
-                    self.term.note(&format!("{n} exchanges loaded"));
+                    let n = self.conversation.n_exchanges() as u64;
+                    self.term.note(&format!("{} loaded", counted(n, "exchange")));
                 }
                 Err(error) => self.term.error(&format!("{error:#}")),
             },
