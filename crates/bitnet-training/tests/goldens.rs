@@ -34,6 +34,7 @@ fn floats(file: &[u8], name: &str) -> Option<Vec<f32>> {
 /// A golden model: its masters, the windows, and what the reference computed on them.
 struct Golden {
     checkpoint: Checkpoint,
+    /// The loss and every gradient.
     file: Vec<u8>,
     /// One for each row, so that threads have something to share.
     batches: Vec<Batch>,
@@ -42,8 +43,9 @@ struct Golden {
 impl Golden {
     fn open(name: &str) -> Self {
         let checkpoint = Checkpoint::open(fixture(name).join("online")).unwrap();
-        let file = std::fs::read(fixture(name).join("golden.safetensors")).unwrap();
-        let tensors = SafeTensors::deserialize(&file).unwrap();
+        let read = |file: &str| std::fs::read(fixture(name).join(file)).unwrap();
+        let (inputs, file) = (read("golden.safetensors"), read("gradients.safetensors"));
+        let tensors = SafeTensors::deserialize(&inputs).unwrap();
         let ids = tensors.tensor("input_ids").unwrap();
         let ids_of = |bytes: &[u8]| -> Vec<u32> {
             bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect()
