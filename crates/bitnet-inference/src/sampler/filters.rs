@@ -2,11 +2,12 @@
 //!
 //! A vocabulary has 128k entries and a filter keeps a few dozen: candidates are selected by
 //! threshold and partial selection, and only what survives is sorted. Probabilities are sums of
-//! `exp(logit - max)` in f64, over the candidates in the order they stand in.
+//! `exp(logit - max)` in f64, over the candidates in the order they stand in, in 16 lanes: candidate
+//! `i` goes to lane `i mod 16`, and the lanes are added in their order.
 
 use std::cmp::Ordering;
 
-use bitnet_core::cpu::math::exp;
+use bitnet_core::cpu::math::{self, LANES, exp};
 
 /// A token that may still be drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,12 +36,16 @@ fn likelier(a: &Candidate, b: &Candidate) -> Ordering {
 
 /// The token with the largest logit, ties to the lowest id.
 pub(super) fn argmax(logits: &[f32]) -> Option<u32> {
+    // Few blocks beat all before them; only these are searched for where.
+    const BLOCK: usize = 16 * LANES;
     let mut best = None;
     let mut best_logit = f32::NEG_INFINITY;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > best_logit {
-            best_logit = logit;
-            best = Some(id as u32);
+    for (i, block) in logits.chunks(BLOCK).enumerate() {
+        let largest = math::max(block);
+        if largest > best_logit {
+            best_logit = largest;
+            let at = block.iter().position(|&logit| logit == largest);
+            best = at.map(|at| (i * BLOCK + at) as u32);
         }
     }
     best
@@ -97,12 +102,22 @@ impl Distribution {
     pub(super) fn weigh(candidates: &mut [Candidate], temperature: f32) -> Self {
         let max = candidates.iter().fold(f32::NEG_INFINITY, |max, c| max.max(c.logit)) as f64;
         let inverse = 1.0 / temperature as f64;
-        let mut total = 0.0;
-        for candidate in candidates {
-            let below = candidate.logit as f64 - max;
-            candidate.weight = exp((below * inverse) as f32);
-            total += candidate.weight as f64;
+        let weight = |logit: f32| exp(((logit as f64 - max) * inverse) as f32);
+        let mut totals = [0.0_f64; LANES];
+        let (groups, tail) = candidates.as_chunks_mut::<LANES>();
+        for group in groups {
+            // Sixteen at a time, so that they become vector code.
+            let weights: [f32; LANES] = std::array::from_fn(|i| weight(group[i].logit));
+            for i in 0..LANES {
+                group[i].weight = weights[i];
+                totals[i] += weights[i] as f64;
+            }
         }
+        for (candidate, total) in tail.iter_mut().zip(&mut totals) {
+            candidate.weight = weight(candidate.logit);
+            *total += candidate.weight as f64;
+        }
+        let total = totals.iter().sum();
         Self { max, total }
     }
 
