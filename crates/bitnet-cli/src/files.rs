@@ -131,6 +131,9 @@ impl OutputArgs {
         for note in &report.notes {
             term.warn(note);
         }
+        if self.output.is_dir() && self.output.extension().is_some_and(|e| e == "gguf") {
+            term.warn(&format!("{} is a folder: `--to hf` writes no GGUF", self.output.display()));
+        }
         let mut out = io::stdout().lock();
         if self.json {
             let report = json!({

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{failure, golden, json, stdout};
+use common::{failure, golden, json, run, stdout};
 
 const IDS: &str = "5,6,7,8,9,10,11,12";
 
@@ -115,6 +115,12 @@ fn nothing_is_overwritten_unasked_and_mistakes_leave_nothing() {
     let forced = to(&["--to", "i2_s", "--force"]);
     stdout(&forced.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(std::fs::metadata(&out).unwrap().len() > 1000);
+
+    // A folder may have any name, but this one looks like a file's.
+    let folder = out.with_file_name("folder.gguf");
+    let told = run(&["convert", &source, folder.to_str().unwrap(), "--to", "hf"]);
+    assert!(told.status.success() && folder.is_dir());
+    assert!(common::text(&told.stderr).contains("folder.gguf is a folder"));
 
     let (code, stderr) = failure(&["quantize", &source, "x", "--to", "hf"]);
     assert!(code == 1 && stderr.contains("float weights to quantize"), "{stderr}");

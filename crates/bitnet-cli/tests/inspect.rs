@@ -3,6 +3,7 @@
 mod common;
 
 use common::{failure, golden, json, stdout};
+use serde_json::json;
 
 #[test]
 fn the_same_model_is_recognised_in_every_form() {
@@ -57,6 +58,22 @@ fn tensors_are_listed_with_their_types() {
     assert_eq!(gate["bits_per_weight"], 2.0625);
     let shown = stdout(&["inspect", &path, "--tensors"]);
     assert!(shown.contains("blk.0.ffn_gate.weight") && shown.contains("TQ2_0"), "{shown}");
+}
+
+#[test]
+fn metadata_is_listed_with_types_and_values() {
+    let path = golden("bitnet-tiny/model-i2_s.gguf");
+    let found = json(&["inspect", &path, "--metadata", "--json"]);
+    let (keys, config) = (&found["metadata"], &found["config"]);
+    let family = keys["general.architecture"].as_str().unwrap();
+    assert_eq!(keys[format!("{family}.embedding_length")], config["hidden_size"]);
+    let tokens = json!({"type": "array of string", "length": 320});
+    assert_eq!(keys["tokenizer.ggml.tokens"], tokens);
+    let shown = stdout(&["inspect", &path, "--metadata"]);
+    let line = shown.lines().find(|line| line.contains("tokenizer.ggml.tokens")).unwrap();
+    assert!(line.contains("array of string") && line.contains("320 elements"), "{line}");
+    let (code, stderr) = failure(&["inspect", &golden("bitnet-tiny/online"), "--metadata"]);
+    assert!(code == 2 && stderr.contains("GGUF"), "{code} {stderr}");
 }
 
 #[test]

@@ -77,11 +77,15 @@ impl Evaluation {
         self.nats_per_token().exp()
     }
 
-    /// Standard error of [`perplexity`](Self::perplexity), taking tokens as independent.
-    pub fn perplexity_error(&self) -> f64 {
+    /// Standard error of [`perplexity`](Self::perplexity), taking tokens as independent; `None` for
+    /// fewer than two, which say nothing of how much tokens differ.
+    pub fn perplexity_error(&self) -> Option<f64> {
+        if self.tokens < 2 {
+            return None;
+        }
         let (n, mean) = (self.tokens as f64, self.nats_per_token());
         let variance = (self.squares / n - mean * mean).max(0.0);
-        self.perplexity() * (variance / (n - 1.0)).sqrt()
+        Some(self.perplexity() * (variance / (n - 1.0)).sqrt())
     }
 
     /// Bits the model needs for a byte of the text: comparable between tokenizers.
@@ -270,7 +274,10 @@ mod tests {
         assert_eq!((found.nats_per_token(), found.tokens), (2.0, 2));
         assert!((found.perplexity() - 2f64.exp()).abs() < 1e-12);
         // Variance of (1, 3) is 1, of their mean 1.
-        assert!((found.perplexity_error() - 2f64.exp()).abs() < 1e-12);
+        let mut one = Evaluation::default();
+        one.add(&[-1.0], 3);
+        assert_eq!((one.nats_per_token(), one.perplexity_error()), (1.0, None));
+        assert!((found.perplexity_error().unwrap() - 2f64.exp()).abs() < 1e-12);
         assert!((found.bits_per_byte() - 4.0 / std::f64::consts::LN_2 / 8.0).abs() < 1e-12);
     }
 }

@@ -112,6 +112,7 @@ impl Model {
         let placement = Placement { kv_spec, max_positions, max_step_tokens: step.max_tokens };
         let Loaded { backend, mut warnings } =
             device::load(config, choice, source, placement, progress)?;
+        warnings.extend(shorter_context(config, &model_config, max_positions));
         let draft = match &config.draft_model {
             Some(path) => {
                 let beside = Beside { model: &model_config, kv_spec, max_positions };
@@ -314,6 +315,16 @@ impl Model {
     pub(crate) fn worker(&self) -> &Worker {
         &self.0.worker
     }
+}
+
+/// What to say where a sequence may not be as long as was asked for.
+fn shorter_context(config: &EngineConfig, model: &ModelConfig, given: usize) -> Option<String> {
+    let asked = config.context_length.filter(|&asked| asked > given)?;
+    let why = match given < model.max_position_embeddings {
+        true => "what the KV cache has memory for",
+        false => "what the model was made for",
+    };
+    Some(format!("a context of {asked} tokens was asked for; it has {given}, {why}"))
 }
 
 /// The model a draft model works for.

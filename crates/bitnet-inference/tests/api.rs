@@ -73,6 +73,12 @@ fn every_builder_setting_has_an_effect() {
     assert_eq!(model.stats().kv_blocks, 12);
     assert_eq!(engine.context().batch_size, 3);
     assert!(engine.warnings().is_empty());
+    assert!(model.warnings().is_empty());
+
+    let long = InferenceEngine::builder().context_length(5000).build_blocking().unwrap();
+    let model = builtin(&long);
+    assert_eq!(model.context_length(), 1024, "what it was made for");
+    assert!(model.warnings()[0].contains("5000"), "{:?}", model.warnings());
 
     let small = InferenceEngine::builder().memory_pool_size(MemorySize::MB(1)).build_blocking();
     assert!(builtin(&small.unwrap()).stats().kv_blocks < 32, "the budget bounds the cache");

@@ -225,6 +225,19 @@ impl Checkpoint {
         &self.parts.overrides
     }
 
+    /// The GGUF file it was read from, with its metadata, opened anew; `None` for other formats.
+    ///
+    /// # Errors
+    /// As [`GgufFile::from_bytes`](gguf::GgufFile::from_bytes), if the file was changed meanwhile.
+    pub fn gguf(&self) -> Result<Option<gguf::GgufFile>> {
+        match &self.parts.origin {
+            Origin::Gguf(bytes) => {
+                gguf::GgufFile::from_bytes(bytes.clone(), &self.parts.place).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// Every tensor of the files, also those no model uses, by canonical name.
     pub fn tensors(&self) -> Vec<TensorEntry> {
         self.parts.tensors.iter().map(|(name, tensor)| tensor.entry(name)).collect()

@@ -15,7 +15,7 @@ use crate::files::read_text;
 use crate::flags::{EngineArgs, ModelArg};
 use crate::interrupt::Interrupt;
 use crate::report;
-use crate::term::{Style, Term, Unit, count, counted, duration, rate};
+use crate::term::{Style, Term, Unit, counted, duration, rate};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -142,12 +142,14 @@ fn print(args: &EvalArgs, found: &Evaluation, term: &Term) -> anyhow::Result<()>
         writeln!(out, "{json:#}")?;
     } else {
         let label = |name: &str| term.out(Style::Label, format!("{name:15}"));
-        let (value, error) = (found.perplexity(), found.perplexity_error());
-        writeln!(out, "{} {value:.4} ± {error:.4}", label("perplexity"))?;
+        let value = found.perplexity();
+        let error =
+            found.perplexity_error().map_or(String::new(), |error| format!(" ± {error:.4}"));
+        writeln!(out, "{} {value:.4}{error}", label("perplexity"))?;
         writeln!(out, "{} {:.4}", label("bits per byte"), found.bits_per_byte())?;
         writeln!(out, "{} {:.4}", label("nats per token"), found.nats_per_token())?;
-        let (tokens, bytes) = (count(found.tokens), count(found.bytes));
-        writeln!(out, "{} {tokens} tokens, {bytes} bytes", label("measured on"))?;
+        let (tokens, bytes) = (counted(found.tokens, "token"), counted(found.bytes, "byte"));
+        writeln!(out, "{} {tokens}, {bytes}", label("measured on"))?;
     }
     out.flush()?;
     Ok(())

@@ -1,15 +1,18 @@
 //! `bitnet inspect`: what a model file is, without running it.
 
+mod metadata;
+
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use bitnet_quant::checkpoint::{Checkpoint, TensorEntry};
 use bitnet_quant::config::{HiddenAct, ModelConfig, RopeScaling};
+use bitnet_quant::gguf::GgufFile;
 use bitnet_quant::text::{TextAssets, TokenizerSource};
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::exit::Outcome;
+use crate::exit::{Outcome, Usage};
 use crate::files::InputArgs;
 use crate::term::{Style, Term, bytes, count, counted, printable};
 
@@ -17,6 +20,7 @@ const EXAMPLES: &str = "\
 Examples:
   bitnet inspect builtin
   bitnet inspect model.gguf --tensors
+  bitnet inspect model.gguf --metadata
   bitnet inspect model/ --json | jq .config.num_hidden_layers
 
 Nothing is computed and no weight is decoded, so that a file of any size is shown at once.";
@@ -33,6 +37,9 @@ pub(crate) struct InspectArgs {
     /// List every tensor
     #[arg(long)]
     tensors: bool,
+    /// List every metadata key of a GGUF file
+    #[arg(long)]
+    metadata: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -41,11 +48,23 @@ pub(crate) struct InspectArgs {
 /// Opens the files and prints what they say.
 pub(crate) fn run(args: InspectArgs, term: &Term) -> anyhow::Result<Outcome> {
     let checkpoint = args.input.open()?;
+    let file = match args.metadata {
+        true => match checkpoint.gguf()? {
+            None => return Err(Usage::error("--metadata belongs to GGUF files")),
+            file => file,
+        },
+        false => None,
+    };
     let mut out = io::stdout().lock();
     if args.json {
-        writeln!(out, "{:#}", as_json(&checkpoint, args.tensors))?;
+        let mut all = as_json(&checkpoint, args.tensors);
+        if let Some(file) = &file {
+            let key = |(key, value): &(String, _)| (key.clone(), metadata::as_json(value));
+            all["metadata"] = file.metadata().entries().iter().map(key).collect();
+        }
+        writeln!(out, "{all:#}")?;
     } else {
-        let text = as_text(&checkpoint, args.tensors, term);
+        let text = as_text(&checkpoint, args.tensors, file.as_ref(), term);
         out.write_all(text.as_bytes())?;
     }
     Ok(Outcome::Done)
@@ -243,7 +262,12 @@ impl Page<'_> {
     }
 }
 
-fn as_text(checkpoint: &Checkpoint, list_tensors: bool, term: &Term) -> String {
+fn as_text(
+    checkpoint: &Checkpoint,
+    list_tensors: bool,
+    file: Option<&GgufFile>,
+    term: &Term,
+) -> String {
     let (config, text) = (checkpoint.config(), checkpoint.text());
     let tensors = checkpoint.tensors();
     let mut page = Page { text: String::new(), term };
@@ -322,6 +346,15 @@ fn as_text(checkpoint: &Checkpoint, list_tensors: bool, term: &Term) -> String {
             page.line(o.what, o.why);
             page.line("  in the file", &o.found);
             page.line("  used instead", &o.used);
+        }
+    }
+    if let Some(file) = file {
+        page.heading("Metadata");
+        for (key, value) in file.metadata().entries() {
+            let (key, kind) = (printable(key), value.type_name());
+            let value = metadata::as_text(value);
+            let value = printable(&value);
+            page.text.push_str(&format!("  {key:45} {kind:16} {value}\n"));
         }
     }
     if list_tensors {

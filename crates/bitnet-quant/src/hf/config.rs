@@ -71,6 +71,7 @@ struct Raw {
     tie_word_embeddings: Option<bool>,
     attention_bias: Option<bool>,
     use_sliding_window: Option<bool>,
+    sliding_window: Option<usize>,
     layer_types: Option<Vec<String>>,
     bos_token_id: Option<TokenIds>,
     eos_token_id: Option<TokenIds>,
@@ -165,15 +166,20 @@ fn model(raw: &Raw, architecture: Architecture, name: String) -> Result<ModelCon
     let hidden_size = need(raw.hidden_size, "hidden_size")?;
     let heads = need(raw.num_attention_heads, "num_attention_heads")?;
     let default_eps = if architecture == Architecture::Bitnet { 1e-5 } else { 1e-6 };
-    if raw.use_sliding_window == Some(true)
-        || raw.layer_types.iter().flatten().any(|kind| kind != "full_attention")
-    {
-        return Err(Error::unsupported("attention", "sliding window", "full attention"));
-    }
     let max_position_embeddings = raw.max_position_embeddings.unwrap_or(match architecture {
         Architecture::Bitnet | Architecture::Llama => 2048,
         Architecture::Qwen3 => 32_768,
     });
+    // Qwen3 has the switch and it is off by default; elsewhere a window alone may well be meant.
+    let switched_on = raw.use_sliding_window.unwrap_or(architecture != Architecture::Qwen3);
+    let bounded = raw.sliding_window.is_some_and(|w| (1..max_position_embeddings).contains(&w));
+    if raw.use_sliding_window == Some(true)
+        || switched_on && bounded
+        || raw.layer_types.iter().flatten().any(|kind| kind != "full_attention")
+    {
+        let supported = "full attention (`use_sliding_window`: false asks for it)";
+        return Err(Error::unsupported("attention", "sliding window", supported));
+    }
     let model = ModelConfig {
         architecture,
         name,
@@ -464,6 +470,8 @@ mod tests {
             ),
             (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
             (json!({"layer_types": ["sliding_attention"]}), "attention sliding window"),
+            (json!({"use_sliding_window": true}), "attention sliding window"),
+            (json!({"sliding_window": 16}), "attention sliding window"),
             (json!({"weight_bits": 4}), "weight_bits 4"),
             (
                 json!({"hidden_size": 65}),
