@@ -60,6 +60,8 @@ async function ollama() {
   for await (const part of await client.chat({ ...body, stream: true })) text += part.message.content;
   assert.equal(text, whole.message.content);
   assert.equal((await client.list()).models[0].model, "builtin");
+  await client.embed({ model: "builtin", input: "a", keep_alive: "1h30m" });
+  assert.equal((await client.ps()).models.length, 1);
 }
 
 for (const [name, test] of Object.entries({ openai, anthropic, ollama })) {

@@ -130,6 +130,11 @@ def test_ollama():
     assert client.list().models[0].model == "builtin"
     assert client.ps().models[0].name == "builtin"
     assert client.show("builtin").modelinfo["general.parameter_count"] > 0
+    client.generate("builtin", "Once", options=options, keep_alive="5m")
+    assert client.ps().models[0].expires_at.year < 9999
+    # What `ollama stop` sends.
+    assert client.generate("builtin", keep_alive=0).done_reason == "unload"
+    assert client.ps().models == []
     with pytest.raises(ollama.ResponseError):
         client.chat("none", PROMPT)
 

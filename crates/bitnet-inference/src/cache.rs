@@ -85,6 +85,18 @@ impl<K: Hash + Eq + Clone, V: Clone> LoadCache<K, V> {
         drop(dropped);
     }
 
+    /// Forgets the value for `key` and returns it, if it is kept now.
+    pub(crate) fn take(&self, key: &K) -> Option<V> {
+        let mut state = self.lock();
+        match state.entries.get(key)? {
+            Entry::Loading => None,
+            Entry::Ready { .. } => match state.entries.remove(key) {
+                Some(Entry::Ready { value, .. }) => Some(value),
+                Some(Entry::Loading) | None => None,
+            },
+        }
+    }
+
     /// The value for `key` if it is kept now; does not count as use.
     pub(crate) fn peek(&self, key: &K) -> Option<V> {
         match self.lock().entries.get(key) {
@@ -200,6 +212,15 @@ mod tests {
             }
         });
         assert_eq!(loads.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn what_was_taken_out_is_loaded_again() {
+        let cache = LoadCache::new(2, 100);
+        assert_eq!(cache.take(&"a"), None::<u32>);
+        cache.get_or_load(&"a", ok(1, 1)).unwrap();
+        assert_eq!((cache.take(&"a"), cache.usage()), (Some(1), (0, 0)));
+        assert_eq!(cache.get_or_load(&"a", ok(2, 1)), Ok(2));
     }
 
     #[test]

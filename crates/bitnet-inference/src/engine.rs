@@ -112,6 +112,12 @@ impl InferenceEngine {
         self.0.models.usage()
     }
 
+    /// Forgets the model of `path` and returns it, if it is loaded now; it is unloaded when its last
+    /// user drops it.
+    pub fn unload_model(&self, path: impl AsRef<Path>) -> Option<Model> {
+        self.0.models.take(&model_key(path.as_ref()))
+    }
+
     /// Forgets all models; each is unloaded when its last user drops it.
     pub fn unload_models(&self) {
         self.0.models.clear();

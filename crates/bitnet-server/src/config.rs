@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use crate::residency::{KeepAlive, KeepAliveError};
+
 /// Where the server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Listen {
@@ -23,6 +25,9 @@ pub struct ServerConfig {
     /// Models to serve, as `(name, path)`. The first is the default where a wire format has one.
     /// Default: the built-in model, under the name `builtin`.
     pub models: Vec<(String, PathBuf)>,
+    /// How long a model stays in memory after its last request, unless a request of Ollama's clients
+    /// says otherwise. Default: until others need the room.
+    pub keep_alive: KeepAlive,
     /// API keys in plain text; only their hashes are kept. Empty: no key is asked for.
     pub api_keys: Vec<String>,
     /// Origins a browser may call from, or `*`. Default: none but the server's own page.
@@ -43,6 +48,7 @@ impl Default for ServerConfig {
         Self {
             listen: Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 8080))),
             models: vec![("builtin".into(), PathBuf::from("builtin"))],
+            keep_alive: KeepAlive::default(),
             api_keys: Vec::new(),
             cors_origins: Vec::new(),
             allowed_hosts: Vec::new(),

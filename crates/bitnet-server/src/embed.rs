@@ -7,6 +7,7 @@ use bitnet_inference::{Embedding, InferenceInput, Pooling};
 
 use crate::error::{ApiError, Result};
 use crate::openai::types::Prompt;
+use crate::residency::KeepAlive;
 use crate::run::within_limits;
 use crate::state::{AppState, Caller};
 use crate::text::{check_ids, encode};
@@ -30,6 +31,7 @@ pub(crate) async fn embed(
     model: &str,
     inputs: Vec<Prompt>,
     pooling: Pooling,
+    keep_alive: Option<KeepAlive>,
 ) -> Result<Embedded> {
     let max_inputs = state.config().limits.max_prompts;
     if inputs.is_empty() || inputs.len() > max_inputs {
@@ -38,7 +40,7 @@ pub(crate) async fn embed(
     }
     let _admission = state.admit(caller)?;
     let entry = state.registry().entry(model)?;
-    let model = state.registry().model(entry).await?;
+    let model = state.registry().model_for(entry, keep_alive).await?;
     let span = crate::trace::embedding(&entry.name);
     let (mut vectors, mut n_tokens) = (Vec::with_capacity(inputs.len()), 0);
     // One by one, so that a client that leaves stops the rest.

@@ -1,13 +1,14 @@
 //! From a checked request to a running generation, for every wire format: model, prompt, options,
 //! and a place in the server.
 
+use bitnet_inference::Grammar;
 use bitnet_inference::tokenizer::EncodeOptions;
-use bitnet_inference::{Grammar, Model};
 use serde_json::{Value, json};
 
 use crate::chat::{self, Conversation, Tool};
 use crate::constraint::Constraint;
 use crate::error::{ApiError, Result};
+use crate::residency::{KeepAlive, ModelUse};
 use crate::run::{Job, Run};
 use crate::sampling::Sampling;
 use crate::state::{AppState, Caller};
@@ -56,6 +57,8 @@ pub(crate) struct ChatJob {
     pub(crate) logprobs: Option<u32>,
     pub(crate) priority: i32,
     pub(crate) cache_salt: Option<String>,
+    /// How long the model stays in memory afterwards.
+    pub(crate) keep_alive: Option<KeepAlive>,
     pub(crate) sampling: Sampling,
 }
 
@@ -76,6 +79,7 @@ impl ChatJob {
             logprobs: None,
             priority: 0,
             cache_salt: None,
+            keep_alive: None,
             sampling,
         }
     }
@@ -88,13 +92,13 @@ impl ChatJob {
 pub(crate) async fn start_chat(state: &AppState, caller: &Caller, job: ChatJob) -> Result<Run> {
     let admission = state.admit(caller)?;
     let entry = state.registry().entry(&job.model)?;
-    let model = state.registry().model(entry).await?;
+    let model = state.registry().model_for(entry, job.keep_alive).await?;
     let model_name = entry.name.clone();
     let job = state.compute(move || prepare_chat(model, model_name, job)).await?;
     Run::start(state, caller, admission, job)
 }
 
-fn prepare_chat(model: Model, model_name: std::sync::Arc<str>, job: ChatJob) -> Result<Job> {
+fn prepare_chat(model: ModelUse, model_name: std::sync::Arc<str>, job: ChatJob) -> Result<Job> {
     let mut options = job.sampling.options(model.get_output_dim())?;
     options.max_tokens = job.max_tokens;
     options.logprobs = job.logprobs;

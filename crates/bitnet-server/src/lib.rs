@@ -42,12 +42,14 @@ mod logging;
 mod metrics;
 mod middleware;
 mod ollama;
+mod ollama_keep_alive;
 mod ollama_models;
 mod ollama_stream;
 mod openai;
 mod openapi;
 mod page;
 mod registry;
+mod residency;
 mod run;
 mod sampling;
 mod serve;
@@ -68,7 +70,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 pub use batch::{BatchAnswer, BatchLines};
-pub use config::{Limits, Listen, ServerConfig};
+pub use config::{KeepAlive, KeepAliveError, Limits, Listen, ServerConfig};
 pub use lifecycle::{Lifecycle, Phase};
 #[cfg(feature = "otel")]
 pub use logging::init_logging_and_traces;

@@ -2,6 +2,7 @@
 //! embed. Nothing here changes what is on disk.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -16,9 +17,11 @@ use crate::embed::embed;
 use crate::error::{ApiError, Result};
 use crate::generate::{self, ChatJob, Format, ToolMode};
 use crate::json::AnyJson;
+use crate::ollama_keep_alive::KeepAliveField;
 use crate::ollama_stream::{Kind, LineEncoder, timestamp};
 use crate::openai::types::{Prompt, Prompts, ToolDefinition};
 use crate::openapi::schema_as;
+use crate::residency::KeepAlive;
 use crate::sampling::{OneOrMany, Sampling};
 use crate::state::{AppState, Caller};
 use crate::stream::{Framing, respond};
@@ -47,6 +50,8 @@ pub(crate) struct GenerateRequest {
     /// Only an empty list.
     #[schema(max_items = 0)]
     pub images: Option<Vec<String>>,
+    /// How long the model stays in memory afterwards; 0 unloads it. Default: as before.
+    pub keep_alive: Option<KeepAliveField>,
 }
 
 /// A request for the next message of a conversation.
@@ -68,6 +73,8 @@ pub(crate) struct OllamaChatRequest {
     pub stream: Option<bool>,
     /// Only `false`.
     pub think: Option<bool>,
+    /// How long the model stays in memory afterwards; 0 unloads it. Default: as before.
+    pub keep_alive: Option<KeepAliveField>,
 }
 
 /// A message of a conversation.
@@ -177,6 +184,8 @@ pub(crate) struct OllamaEmbedRequest {
     pub input: OneOrMany,
     /// Only `false` has an effect, and it is what happens: an input that is too long is an error.
     pub truncate: Option<OnlyFalse>,
+    /// How long the model stays in memory afterwards; 0 unloads it. Default: as before.
+    pub keep_alive: Option<KeepAliveField>,
 }
 
 /// A switch that is always off.
@@ -231,9 +240,10 @@ pub(crate) async fn generate(
 ) -> Result<Response> {
     refuse_images("images", request.images.as_deref())?;
     refuse_thinking(request.think)?;
+    let keep_alive = request.keep_alive.map(|field| field.0);
     let prompt = request.prompt.unwrap_or_default();
     if prompt.is_empty() {
-        return load_only(&state, &caller, &request.model, Kind::Generate).await;
+        return load_only(&state, &caller, &request.model, keep_alive, Kind::Generate).await;
     }
     let mut turns = Vec::new();
     if let Some(system) = request.system.filter(|system| !system.is_empty()) {
@@ -243,6 +253,7 @@ pub(crate) async fn generate(
     let conversation = Conversation { turns, tools: Vec::new() };
     let raw = request.raw.unwrap_or(false);
     let job = job(request.model, conversation, request.options, request.format, raw)?;
+    let job = ChatJob { keep_alive, ..job };
     answer(&state, &caller, job, Kind::Generate, request.stream).await
 }
 
@@ -261,9 +272,10 @@ pub(crate) async fn chat(
 ) -> Result<Response> {
     let limits = &state.config().limits;
     refuse_thinking(request.think)?;
+    let keep_alive = request.keep_alive.map(|field| field.0);
     let messages = request.messages.unwrap_or_default();
     if messages.is_empty() {
-        return load_only(&state, &caller, &request.model, Kind::Chat).await;
+        return load_only(&state, &caller, &request.model, keep_alive, Kind::Chat).await;
     }
     if messages.len() > limits.max_messages {
         let expected = format!("at most {} messages", limits.max_messages);
@@ -274,6 +286,7 @@ pub(crate) async fn chat(
         crate::openai::chat::read_tools(request.tools.unwrap_or_default(), limits.max_tools)?;
     let conversation = Conversation { turns, tools };
     let job = job(request.model, conversation, request.options, request.format, false)?;
+    let job = ChatJob { keep_alive, ..job };
     answer(&state, &caller, job, Kind::Chat, request.stream).await
 }
 
@@ -290,7 +303,9 @@ pub(crate) async fn embed_texts(
 ) -> Result<axum::Json<OllamaEmbedResponse>> {
     let inputs = request.input.0.into_iter().map(Prompt::Text).collect();
     let Prompts(inputs) = Prompts(inputs);
-    let embedded = embed(&state, &caller, &request.model, inputs, Pooling::Mean).await?;
+    let keep_alive = request.keep_alive.map(|field| field.0);
+    let embedded =
+        embed(&state, &caller, &request.model, inputs, Pooling::Mean, keep_alive).await?;
     Ok(axum::Json(OllamaEmbedResponse {
         model: request.model,
         embeddings: embedded.vectors,
@@ -321,11 +336,28 @@ async fn answer(
     }
 }
 
-/// A request without a prompt brings the model into memory and says so.
-async fn load_only(state: &AppState, caller: &Caller, model: &str, kind: Kind) -> Result<Response> {
+/// A request without a prompt brings the model into memory, or out of it, and says so.
+async fn load_only(
+    state: &AppState,
+    caller: &Caller,
+    model: &str,
+    keep: Option<KeepAlive>,
+    kind: Kind,
+) -> Result<Response> {
     let _admission = state.admit(caller)?;
-    state.registry().model(state.registry().entry(model)?).await?;
-    Ok(axum::Json(crate::ollama_stream::loaded(kind, model, timestamp())).into_response())
+    let entry = state.registry().entry(model)?;
+    let reason = match keep {
+        Some(KeepAlive::For(Duration::ZERO)) => {
+            drop(entry.residency.enter(keep));
+            "unload"
+        }
+        _ => {
+            state.registry().model_for(entry, keep).await?;
+            "load"
+        }
+    };
+    let line = crate::ollama_stream::without_text(kind, model, timestamp(), reason);
+    Ok(axum::Json(line).into_response())
 }
 
 fn job(

@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::json::AnyJson;
 use crate::ollama::ModelFacts;
 use crate::ollama_stream::rfc3339;
+use crate::openai::now;
 use crate::registry::Entry;
 use crate::state::AppState;
 
@@ -36,10 +37,10 @@ pub(crate) struct Tag {
     pub digest: String,
     /// What it is.
     pub details: Details,
-    /// For a model in memory: when it will be unloaded by itself. It never is; it makes room when
-    /// others need it.
+    /// For a model in memory: when it will be unloaded if nobody uses it any more; the year 9999: when
+    /// others need the room.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub expires_at: Option<&'static str>,
+    pub expires_at: Option<String>,
     /// For a model in memory: bytes on a GPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size_vram: Option<u64>,
@@ -121,7 +122,10 @@ pub(crate) async fn ps(State(state): State<AppState>) -> axum::Json<TagList> {
         let model = registry.loaded(entry)?;
         let mut tag = tag(entry, Some(&model));
         tag.size = model.memory().weights;
-        tag.expires_at = Some("9999-12-31T23:59:59Z");
+        tag.expires_at = Some(match entry.residency.remaining() {
+            Some(remaining) => rfc3339(now() + remaining.as_secs(), 0),
+            None => "9999-12-31T23:59:59Z".to_owned(),
+        });
         tag.size_vram = Some(0);
         tag.context_length = Some(model.context_length());
         Some(tag)

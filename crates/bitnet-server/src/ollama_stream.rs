@@ -36,7 +36,7 @@ pub(crate) struct Line {
     pub response: Option<String>,
     /// Whether this is the end.
     pub done: bool,
-    /// At the end: why; `stop`, `length` or `load`.
+    /// At the end: why; `stop`, `length`, `load` or `unload`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub done_reason: Option<&'static str>,
     /// At the end: what it took.
@@ -216,7 +216,12 @@ impl Encoder for LineEncoder {
 }
 
 /// What answers a request that only loads a model.
-pub(crate) fn loaded(kind: Kind, model: &str, created_at: String) -> Line {
+pub(crate) fn without_text(
+    kind: Kind,
+    model: &str,
+    created_at: String,
+    reason: &'static str,
+) -> Line {
     let message = LineMessage { role: "assistant", content: String::new(), tool_calls: Vec::new() };
     Line {
         model: model.to_owned(),
@@ -224,7 +229,7 @@ pub(crate) fn loaded(kind: Kind, model: &str, created_at: String) -> Line {
         message: (kind == Kind::Chat).then_some(message),
         response: (kind == Kind::Generate).then(String::new),
         done: true,
-        done_reason: Some("load"),
+        done_reason: Some(reason),
         took: None,
     }
 }

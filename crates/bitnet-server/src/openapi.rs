@@ -1,11 +1,16 @@
 //! The description of this server for programs, `/openapi.json`, derived from the types it reads and
 //! writes.
 
+use std::collections::HashMap;
+
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use serde_json::Value;
+use utoipa::openapi::schema::{SchemaType, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::{RefOr, Schema};
 use utoipa::{OpenApi, ToSchema};
 
 use crate::state::AppState;
@@ -97,9 +102,10 @@ pub(crate) struct StreamEvent {
 )]
 struct Document;
 
-/// The document.
-pub fn document(with_keys: bool) -> utoipa::openapi::OpenApi {
+/// The document of a server that offers these models.
+pub fn document(with_keys: bool, models: &[&str]) -> utoipa::openapi::OpenApi {
     let mut document = Document::openapi();
+    name_models(&mut document, models);
     if with_keys {
         let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
         let components = document.components.get_or_insert_default();
@@ -110,11 +116,85 @@ pub fn document(with_keys: bool) -> utoipa::openapi::OpenApi {
     document
 }
 
+/// The document of this server.
+pub(crate) fn own_document(state: &AppState) -> utoipa::openapi::OpenApi {
+    let models: Vec<&str> = state.registry().entries().iter().map(|entry| &*entry.name).collect();
+    document(state.keys().required(), &models)
+}
+
+/// Lists the models wherever a request names one, so that programs that read the document can ask.
+fn name_models(document: &mut utoipa::openapi::OpenApi, models: &[&str]) {
+    let schemas = document.components.iter_mut().flat_map(|components| &mut components.schemas);
+    let mut schemas: HashMap<&str, &mut RefOr<Schema>> =
+        schemas.map(|(name, schema)| (name.as_str(), schema)).collect();
+    for item in document.paths.paths.values_mut() {
+        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+            for parameter in operation.parameters.iter_mut().flatten() {
+                let RefOr::T(parameter) = parameter else { continue };
+                if parameter.name == "model" {
+                    parameter.schema.iter_mut().for_each(|schema| list_values(schema, models));
+                }
+            }
+            let Some(RefOr::T(body)) = &operation.request_body else { continue };
+            for body in body.content.values() {
+                let RefOr::T(body) = body else { continue };
+                let Some(RefOr::Ref(body)) = &body.schema else { continue };
+                let name = body.ref_location.rsplit('/').next().unwrap_or_default();
+                let Some(RefOr::T(Schema::Object(body))) = schemas.get_mut(name) else { continue };
+                for field in ["model", "name"] {
+                    if let Some(schema) = body.properties.get_mut(field) {
+                        list_values(schema, models);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Restricts a schema of strings to `values`, and null where that was allowed.
+fn list_values(schema: &mut RefOr<Schema>, values: &[&str]) {
+    let RefOr::T(Schema::Object(schema)) = schema else { return };
+    let has_null =
+        matches!(&schema.schema_type, SchemaType::Array(kinds) if kinds.contains(&Type::Null));
+    let values = values.iter().map(|&value| value.into());
+    schema.enum_values = Some(values.chain(has_null.then_some(Value::Null)).collect());
+}
+
 /// Serves the document.
 pub(crate) async fn openapi_json(State(state): State<AppState>) -> Response {
-    let document = document(state.keys().required());
+    let document = own_document(&state);
     match serde_json::to_vec(&document) {
         Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
         Err(_) => crate::error::ApiError::internal().into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn requests_name_the_models_on_offer() {
+        let document = serde_json::to_value(document(false, &["a", "b"])).unwrap();
+        let of_parameter = |path: &str| &document["paths"][path]["get"]["parameters"][0]["schema"];
+        assert_eq!(of_parameter("/v1/models/{model}")["enum"], json!(["a", "b"]));
+        assert_eq!(of_parameter("/tokenizer_info")["enum"], json!(["a", "b", null]));
+        let schemas = document["components"]["schemas"].as_object().unwrap();
+        let mut n_requests = 0;
+        for (path, item) in document["paths"].as_object().unwrap() {
+            let Some(body) =
+                item["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+                    .as_str()
+            else {
+                continue;
+            };
+            let body = &schemas[body.rsplit('/').next().unwrap()];
+            let values = &body["properties"]["model"]["enum"];
+            assert!(values == &json!(["a", "b"]) || values == &json!(["a", "b", null]), "{path}");
+            n_requests += 1;
+        }
+        assert_eq!(n_requests, 13);
     }
 }

@@ -1,6 +1,7 @@
 //! The models this server offers, by name. The engine keeps them loaded and evicts them; here names
 //! become paths, and a load happens once however many requests ask for it.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,6 +12,7 @@ use bitnet_inference::{InferenceEngine, Model};
 use tokio::sync::Mutex;
 
 use crate::error::{ApiError, Result};
+use crate::residency::{KeepAlive, ModelUse, Residency};
 
 /// A model on offer.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub(crate) struct Entry {
     pub path: PathBuf,
     /// Seconds since 1970 of the file's last change, or of the server's start.
     pub created: u64,
+    /// Shared by all entries of one path.
+    pub residency: Arc<Residency>,
     loading: Mutex<()>,
     /// Warnings of the loaded model that are in the log.
     logged: AtomicUsize,
@@ -32,7 +36,7 @@ impl Entry {
         let warnings = model.warnings();
         let known = self.logged.swap(warnings.len(), Ordering::Relaxed);
         for warning in warnings.iter().skip(known) {
-            tracing::warn!(model = &*self.name, warning, "a model is not where it should be");
+            tracing::warn!(model = &*self.name, warning, "a model does not run as asked");
         }
     }
 }
@@ -45,9 +49,14 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// Offers these models.
-    pub(crate) fn new(engine: InferenceEngine, models: &[(String, PathBuf)]) -> Self {
-        let entry = |(name, path): &(String, PathBuf)| {
+    /// Offers these models; each stays in memory for `keep` after its last request.
+    pub(crate) fn new(
+        engine: InferenceEngine,
+        models: &[(String, PathBuf)],
+        keep: KeepAlive,
+    ) -> Self {
+        let mut residencies: HashMap<&PathBuf, Arc<Residency>> = HashMap::new();
+        let entry = |(name, path): &(String, PathBuf), residency: &Arc<Residency>| {
             let changed = std::fs::metadata(path).and_then(|data| data.modified());
             let changed = changed.unwrap_or_else(|_| SystemTime::now());
             let created = changed.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -55,11 +64,17 @@ impl Registry {
                 name: name.as_str().into(),
                 path: path.clone(),
                 created,
+                residency: residency.clone(),
                 loading: Mutex::new(()),
                 logged: AtomicUsize::new(0),
             }
         };
-        Self { engine, entries: models.iter().map(entry).collect() }
+        let mut entries = Vec::with_capacity(models.len());
+        for model in models {
+            let new = || Arc::new(Residency::new(engine.clone(), model.1.clone(), keep));
+            entries.push(entry(model, residencies.entry(&model.1).or_insert_with(new)));
+        }
+        Self { entries, engine }
     }
 
     /// All entries.
@@ -93,7 +108,21 @@ impl Registry {
     ///
     /// # Errors
     /// 503 if it cannot be loaded; the log says why.
-    pub(crate) async fn model(&self, entry: &Entry) -> Result<Model> {
+    pub(crate) async fn model(&self, entry: &Entry) -> Result<ModelUse> {
+        self.model_for(entry, None).await
+    }
+
+    /// As [`model`](Self::model), for a request that may choose how long it stays.
+    pub(crate) async fn model_for(
+        &self,
+        entry: &Entry,
+        keep: Option<KeepAlive>,
+    ) -> Result<ModelUse> {
+        let guard = entry.residency.enter(keep);
+        Ok(ModelUse::new(self.loaded_or_load(entry).await?, guard))
+    }
+
+    async fn loaded_or_load(&self, entry: &Entry) -> Result<Model> {
         if let Some(model) = self.engine.loaded_model(&entry.path) {
             entry.log_warnings(&model);
             return Ok(self.engine.load_model(&entry.path).await?); // Counts as use.

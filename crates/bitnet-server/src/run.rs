@@ -23,13 +23,14 @@ use crate::constraint::Constraint;
 use crate::error::{ApiError, Result};
 use crate::lifecycle::Phase;
 use crate::metrics::ModelMetrics;
+use crate::residency::ModelUse;
 use crate::state::{Admission, AppState, Caller};
 use crate::trace;
 
 /// What to generate, once everything about it was checked.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) model: Model,
+    pub(crate) model: ModelUse,
     /// Its name on this server.
     pub(crate) model_name: Arc<str>,
     /// What it is in traces: `chat` or `text_completion`.
@@ -79,7 +80,7 @@ pub(crate) struct Finished {
 pub(crate) struct Run {
     state: AppState,
     caller: Caller,
-    model: Model,
+    model: ModelUse,
     model_name: Arc<str>,
     n_prompt_tokens: usize,
     sequences: Vec<Sequence>,

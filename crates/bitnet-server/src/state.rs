@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::extract::FromRequestParts;
 use axum::http::StatusCode;
 use axum::http::request::Parts;
-use bitnet_inference::{InferenceEngine, Model};
+use bitnet_inference::InferenceEngine;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::auth::{ApiKeys, Tenant};
@@ -15,6 +15,7 @@ use crate::error::{ApiError, Result};
 use crate::lifecycle::{InWorkGuard, Lifecycle};
 use crate::metrics::Metrics;
 use crate::registry::Registry;
+use crate::residency::ModelUse;
 
 /// Shared by all handlers; clones are one and the same.
 #[derive(Clone)]
@@ -42,7 +43,7 @@ impl AppState {
         let limits = &config.limits;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         Ok(Self(Arc::new(Inner {
-            registry: Registry::new(engine.clone(), &config.models),
+            registry: Registry::new(engine.clone(), &config.models, config.keep_alive),
             keys: ApiKeys::new(&config.api_keys, limits.max_requests_per_key),
             metrics: Metrics::new(),
             lifecycle: Lifecycle::default(),
@@ -104,7 +105,7 @@ impl AppState {
     }
 
     /// The model of this name, or the first on offer, in memory.
-    pub(crate) async fn model_or_first(&self, name: Option<&str>) -> Result<Model> {
+    pub(crate) async fn model_or_first(&self, name: Option<&str>) -> Result<ModelUse> {
         let registry = self.registry();
         let entry = match name {
             Some(name) => registry.entry(name)?,

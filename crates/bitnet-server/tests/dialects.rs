@@ -119,6 +119,61 @@ async fn ollama_lists_shows_and_embeds() {
 }
 
 #[tokio::test]
+async fn ollama_chooses_how_long_a_model_stays() {
+    let server = Server::start().await;
+    let loaded = async || {
+        let list = server.get("/api/ps").await.json();
+        list["models"].get(0).map(|model| model["expires_at"].as_str().unwrap().to_owned())
+    };
+    let generate = async |keep_alive: Value| {
+        let request = json!({
+            "model": "builtin", "prompt": "Once", "stream": false, "keep_alive": keep_alive,
+            "options": {"num_predict": 2},
+        });
+        let answer = server.post("/api/generate", request).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    };
+    generate(Value::Null).await;
+    assert!(loaded().await.unwrap().starts_with("9999"), "by default until room is needed");
+    generate(json!("1h")).await;
+    assert!(loaded().await.unwrap().starts_with("2"), "the time is told");
+    generate(json!(-1)).await;
+    assert!(loaded().await.unwrap().starts_with("9999"));
+    generate(json!(0)).await;
+    assert_eq!(loaded().await, None);
+    // While someone else uses it, it stays; a streamed request of another client is such a use.
+    let stream = json!({"stream": true, "max_tokens": 500, "ignore_eos": true});
+    let open = hyper::Request::post("/v1/completions").header("content-type", "application/json");
+    let body = common::completion(stream).to_string();
+    let other = server.open(open, body.into()).await;
+    let unload = json!({"model": "builtin", "messages": [], "keep_alive": 0});
+    let answer = server.post("/api/chat", unload).await.json();
+    assert_eq!(answer["done_reason"], "unload");
+    assert!(loaded().await.is_some(), "in use");
+    drop(other);
+    for _ in 0..500 {
+        if loaded().await.is_none() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(loaded().await, None);
+    // Embeddings and short times; the next load has the default again.
+    let embed = json!({"model": "builtin", "input": "a", "keep_alive": "50ms"});
+    assert_eq!(server.post("/api/embed", embed).await.status, 200);
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert_eq!(loaded().await, None);
+    generate(Value::Null).await;
+    assert!(loaded().await.unwrap().starts_with("9999"));
+    for bad in [json!("soon"), json!(""), json!(true), json!({})] {
+        let request = json!({"model": "builtin", "prompt": "x", "keep_alive": bad});
+        let answer = server.post("/api/generate", request).await;
+        assert_eq!(answer.status, 400, "{bad}");
+        assert!(answer.json()["error"].as_str().unwrap().contains("keep_alive"), "{bad}");
+    }
+}
+
+#[tokio::test]
 async fn texts_survive_the_tokenizer() {
     let server = Server::start().await;
     let text = "Once upon a time — 你好 <|endoftext|>";

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bitnet_inference::{BUILTIN_MODEL, InferenceEngine, MemorySize};
-use bitnet_server::{AppState, Listen, LogFormat, ServerConfig};
+use bitnet_server::{AppState, KeepAlive, Listen, LogFormat, ServerConfig};
 use clap::{Args, ValueEnum};
 
 use crate::exit::{Outcome, Usage};
@@ -106,6 +106,16 @@ struct LimitArgs {
     /// Memory for weights of loaded models, in MiB; the model in use is always kept
     #[arg(long, env = "BITNET_MODEL_MEMORY", value_name = "MIB", default_value_t = 8192)]
     model_memory: u64,
+    /// Time a model stays in memory after its last request, such as 5m; negative: until others need
+    /// the room. Requests of Ollama's clients may choose another
+    #[arg(
+        long,
+        env = "BITNET_KEEP_ALIVE",
+        value_name = "DURATION",
+        default_value = "-1",
+        allow_hyphen_values = true
+    )]
+    keep_alive: KeepAlive,
     /// Seconds a request may take
     #[arg(long, env = "BITNET_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 3600)]
     request_timeout: u64,
@@ -240,6 +250,7 @@ fn scheme(state: &AppState) -> &'static str {
 fn server_config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
     let mut config = ServerConfig {
         listen: Listen::Tcp(SocketAddr::new(args.listen.host, args.listen.port)),
+        keep_alive: args.limits.keep_alive,
         api_keys: args.access.api_keys.clone(),
         cors_origins: args.access.cors_origins.clone(),
         allowed_hosts: args.access.allowed_hosts.clone(),

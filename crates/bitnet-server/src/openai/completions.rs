@@ -21,6 +21,7 @@ use crate::error::{ApiError, Dialect, Result};
 use crate::generate::{self, Format};
 use crate::json::Json;
 use crate::middleware::random_id;
+use crate::residency::ModelUse;
 use crate::run::{End, Job, Run, RunEvent, score};
 use crate::sampling::with_sampling;
 use crate::state::{AppState, Caller};
@@ -160,7 +161,7 @@ pub(crate) async fn completions(
         model: job.model_name.clone(),
         usage_chunks,
     };
-    let mut texts = Texts { model: job.model.clone(), logprobs, echoes: Vec::new() };
+    let mut texts = Texts { model: (*job.model).clone(), logprobs, echoes: Vec::new() };
     if echo {
         for (text, tokens) in prompts.into_iter().zip(&job.prompts) {
             let scores = match logprobs {
@@ -225,7 +226,7 @@ fn read(state: &AppState, mut request: CompletionRequest) -> Result<Asked> {
 }
 
 /// The job, and the text of each prompt.
-fn prepare(model: Model, model_name: Arc<str>, asked: Asked) -> Result<(Job, Vec<String>)> {
+fn prepare(model: ModelUse, model_name: Arc<str>, asked: Asked) -> Result<(Job, Vec<String>)> {
     let mut options = asked.sampling.options(model.get_output_dim())?;
     let constraint = match asked.format {
         Format::Text => None,

@@ -131,7 +131,7 @@ pub(crate) async fn embeddings(
     }
     let base64 = request.encoding_format == Some(EncodingFormat::Base64);
     let Embedded { model_name, vectors, n_tokens } =
-        embed(&state, &caller, &request.model, request.input.0, pooling).await?;
+        embed(&state, &caller, &request.model, request.input.0, pooling, None).await?;
     let object = |(index, vector): (usize, Vec<f32>)| {
         let embedding = if base64 { to_base64(&vector) } else { Vector::Float(vector) };
         EmbeddingObject { object: "embedding", index, embedding }
