@@ -175,6 +175,15 @@ pub fn merge(body: &mut Value, extra: Value) {
     }
 }
 
+/// The second where `BITNET_HOSTILE=heavy` asks for crowds that take minutes; else the first.
+pub fn heavy<T>(light: T, heavy: T) -> T {
+    if std::env::var_os("BITNET_HOSTILE").is_some_and(|value| value == "heavy") {
+        heavy
+    } else {
+        light
+    }
+}
+
 /// The names of an object's fields, in order.
 pub fn names(value: &Value) -> Vec<&str> {
     value.as_object().unwrap().keys().map(String::as_str).collect()
