@@ -10,15 +10,16 @@ use crate::cpu::attend::{self, Partial, SPAN, Task};
 use crate::cpu::kv::CpuKv;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::threads::{Parts, ThreadPool};
+use crate::threads::{Parts, ThreadPool, share};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Queries that look at a tile of the cache together: enough to pay for bringing it near, few
 /// enough for their scores to stay in the caches too.
 const QUERIES: usize = 32;
-/// Pieces for each thread, at least: the last ones to finish are then short.
-const PIECES: usize = 16;
+/// Pieces for each thread, at least: the last ones to finish are then short, and yet most spans of a
+/// piece are asked for while the one before is worked on.
+const PIECES: usize = 4;
 
 /// Lists and buffers that attention reuses.
 #[derive(Debug, Default)]
@@ -207,13 +208,13 @@ fn plan(
                 pieces.push(Piece { place, spans: 0..n_spans, join: None });
                 continue;
             }
-            let each = (most / place.n_rows).max(1);
-            for start in (0..n_spans).step_by(each) {
-                let spans = start..n_spans.min(start + each);
+            let n_pieces = n_spans.div_ceil((most / place.n_rows).max(1));
+            for piece in 0..n_pieces {
+                let spans = share(n_spans, n_pieces, piece);
                 pieces.push(Piece { place, spans, join: Some(joins.len()) });
             }
             joins.push(Join { partials: used, n_spans });
-            missing.push(AtomicUsize::new(n_spans.div_ceil(each)));
+            missing.push(AtomicUsize::new(n_pieces));
             used += n_spans * partial_len(place.n_rows);
         }
     }

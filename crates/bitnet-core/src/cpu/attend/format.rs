@@ -12,11 +12,13 @@ pub(super) struct SpanTiles<'a> {
     pub(super) dim: usize,
     pub(super) keys: &'a [usize],
     pub(super) values: &'a [usize],
+    /// Keys of the span that comes next.
+    pub(super) next: &'a [usize],
     pub(super) tile_bytes: usize,
 }
 
 /// Tiles of keys that are on their way while one is worked on.
-pub(super) const AHEAD: usize = 2;
+const AHEAD: usize = 2;
 
 impl<'a> SpanTiles<'a> {
     /// The tile at `start`.
@@ -34,6 +36,16 @@ impl<'a> SpanTiles<'a> {
         }
         simd.prefetch(self.tile(self.values[tile]), false);
         self.tile(self.keys[tile])
+    }
+
+    /// Asks for a part of the keys that come next, while panel `panel` of the values of a tile is
+    /// worked on: memory is then as busy as with keys.
+    #[inline(always)]
+    fn ask_next<S: Simd>(&self, simd: S, tile: usize, panel: usize) {
+        let each = self.tile_bytes / (self.dim / LANES);
+        if let Some(&next) = self.next.get(tile) {
+            simd.prefetch(&self.tile(next)[panel * each..][..each], false);
+        }
     }
 }
 
@@ -237,6 +249,9 @@ impl<N: Number> Format for N {
                 let shared = visible(first) / TILE_TOKENS;
                 let mut sums = [simd.splat(0.0); M];
                 for (tile, &start) in tiles.values.iter().enumerate().take(shared) {
+                    if first == queries.start {
+                        tiles.ask_next(simd, tile, panel);
+                    }
                     let values = &tiles.tile(start)[panel * bytes..][..bytes];
                     let factors = column(factors, first * SPAN_TILES + tile, SPAN_TILES);
                     add_panel::<S, N, M>(simd, &mut sums, values, factors);
@@ -440,6 +455,9 @@ impl Format for Q8 {
             in_groups!(queries.clone(), S::WIDE, |first, M| {
                 let mut sums = [simd.no_sums(); M];
                 for (tile, &start) in tiles.values.iter().enumerate() {
+                    if first == queries.start {
+                        tiles.ask_next(simd, tile, panel);
+                    }
                     let values = &Self::panels(tiles.tile(start))[panel];
                     let factors = column(weight_codes, first * SPAN_TILES + tile, SPAN_TILES);
                     add_bytes::<S, M>(simd, &mut sums, values, factors);

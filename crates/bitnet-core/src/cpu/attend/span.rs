@@ -1,6 +1,6 @@
 //! The steps of one task: scores, softmax and values of each span, joined in order.
 
-use super::format::{AHEAD, Format, SpanTiles};
+use super::format::{Format, SpanTiles};
 use super::simd::Simd;
 use super::{SPAN, SPAN_TILES, Scratch, Task, fold};
 use crate::cpu::kv::{Part, TILE_TOKENS};
@@ -28,24 +28,25 @@ pub(super) fn attend<S: Simd, F: Format>(simd: S, task: &Task<'_>, scratch: &mut
             let tile = span * SPAN_TILES + i;
             (*key, *value) = (place(Part::Keys, tile), place(Part::Values, tile));
         }
+        let mut next = [0; SPAN_TILES];
+        let n_next = match span + 1 < task.ahead {
+            true => task.end().div_ceil(TILE_TOKENS).saturating_sub((span + 1) * SPAN_TILES),
+            false => 0,
+        };
+        for (i, next) in next.iter_mut().enumerate().take(n_next) {
+            *next = place(Part::Keys, (span + 1) * SPAN_TILES + i);
+        }
         let tiles = SpanTiles {
             cache: task.cache,
             dim,
             keys: &keys[..n_tiles],
             values: &values[..n_tiles],
+            next: &next[..n_next.min(SPAN_TILES)],
             tile_bytes: layout.tile_bytes,
         };
         F::scores(simd, &tiles, first..n, scratch);
         for m in first..n {
             softmax(scratch, m, task.visible(m, span));
-        }
-        if span + 1 < task.ahead {
-            for tile in (span + 1) * SPAN_TILES..(span + 1) * SPAN_TILES + AHEAD {
-                if tile * TILE_TOKENS < task.end() {
-                    let start = place(Part::Keys, tile);
-                    simd.prefetch(&task.cache[start..][..layout.tile_bytes], true);
-                }
-            }
         }
         F::values(simd, &tiles, first..n, |m| task.visible(m, span), scratch);
         let Scratch { span: partial, result, .. } = scratch;
