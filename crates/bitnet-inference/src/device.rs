@@ -240,5 +240,6 @@ fn decoder<B: Backend>(
     let Placement { kv_spec, max_positions, max_step_tokens } = placement;
     let decoder =
         Decoder::load(backend, source, kv_spec, max_positions, max_step_tokens, progress)?;
+    source.release();
     Ok(Box::new(decoder))
 }

@@ -40,6 +40,8 @@ pub trait WeightSource {
     fn total_weight_count(&self) -> u64;
     /// Tokenizer and chat template.
     fn text(&self) -> &TextAssets;
+    /// All weights have been brought to a device: what it copied is not needed in memory.
+    fn release(&self) {}
 }
 
 impl WeightSource for Checkpoint {
@@ -65,5 +67,9 @@ impl WeightSource for Checkpoint {
 
     fn text(&self) -> &TextAssets {
         self.text()
+    }
+
+    fn release(&self) {
+        self.release();
     }
 }

@@ -254,6 +254,17 @@ impl Checkpoint {
         self.parts.tensors.contains_key(&format!("{path}.weight"))
     }
 
+    /// Tells the system that the files will not be read for a while: their pages leave the process's
+    /// memory, and come back where they are read all the same.
+    pub fn release(&self) {
+        match &self.parts.origin {
+            Origin::Gguf(bytes) => bytes.release(),
+            Origin::Folder(_) => {
+                self.parts.tensors.values().for_each(|tensor| tensor.bytes.release());
+            }
+        }
+    }
+
     /// Numbers in all tensors the model uses: weights, biases, norms; a tied head counts once, and
     /// scales do not count.
     pub fn total_weight_count(&self) -> u64 {

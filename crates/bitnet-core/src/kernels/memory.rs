@@ -21,9 +21,8 @@ const REGION: usize = 64 << 20;
 /// Where the packed weights of a model live. Blocks outlive it.
 #[derive(Debug, Default)]
 pub struct WeightMemory {
-    region: Option<Arc<Region>>,
-    /// Bytes of `region` that belong to blocks.
-    used: usize,
+    /// Regions, each with the bytes of it that belong to blocks.
+    regions: Vec<(Arc<Region>, usize)>,
 }
 
 impl WeightMemory {
@@ -32,23 +31,23 @@ impl WeightMemory {
         Self::default()
     }
 
-    /// A zeroed block of `len` bytes.
+    /// A zeroed block of `len` bytes, in the first region that has room: small matrices fill what
+    /// large ones left.
     pub(crate) fn take(&mut self, len: usize) -> Result<Block> {
         let padded = len.checked_next_multiple_of(BLOCK_ALIGN).ok_or_else(|| too_much(len))?;
-        let free = self.region.as_ref().map_or(0, |region| region.len - self.used);
-        let region = match &self.region {
-            Some(region) if padded <= free => region.clone(),
-            _ => {
-                let region = Arc::new(Region::new(padded.max(REGION))?);
-                self.used = 0;
-                self.region = Some(region.clone());
-                region
+        let has_room = |(region, used): &(Arc<Region>, usize)| padded <= region.len - used;
+        let found = match self.regions.iter().position(has_room) {
+            Some(found) => found,
+            None => {
+                self.regions.push((Arc::new(Region::new(padded.max(REGION))?), 0));
+                self.regions.len() - 1
             }
         };
+        let (region, used) = &mut self.regions[found];
         // SAFETY: `used + padded` is within the region, so the offset stays inside it.
-        let start = unsafe { region.start.add(self.used) };
-        self.used += padded;
-        Ok(Block { start, len, _region: region })
+        let start = unsafe { region.start.add(*used) };
+        *used += padded;
+        Ok(Block { start, len, _region: region.clone() })
     }
 }
 
@@ -203,6 +202,17 @@ mod tests {
         }
         for (i, block) in blocks.iter().enumerate() {
             assert!(block.iter().all(|&b| b == i as u8 + 1));
+        }
+    }
+
+    #[test]
+    fn small_blocks_fill_what_large_ones_left() {
+        let mut memory = WeightMemory::new();
+        let large: Vec<_> = (0..4).map(|_| memory.take(REGION / 4 * 3).unwrap()).collect();
+        let small: Vec<_> = (0..4).map(|_| memory.take(REGION / 4).unwrap()).collect();
+        assert_eq!(memory.regions.len(), 4);
+        for (large, small) in large.iter().zip(&small) {
+            assert_eq!(small.as_ptr(), large.as_ptr().wrapping_add(REGION / 4 * 3));
         }
     }
 
