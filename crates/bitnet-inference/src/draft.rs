@@ -11,8 +11,8 @@ use crate::backend::InferenceBackend;
 use crate::kv_blocks::BlockPool;
 use crate::sequence::Sequence;
 
-/// Tokens guessed for a sequence in one step.
-const GUESS: usize = 5;
+/// Wrong guesses in a row before some steps go without one: a draft model is often wrong once.
+pub(crate) const PATIENCE: usize = 3;
 
 /// A draft model on its device.
 pub(crate) struct Draft {
@@ -41,7 +41,6 @@ impl Draft {
         max: usize,
         pool: &mut BlockPool,
     ) -> bitnet_core::Result<()> {
-        let max = max.min(GUESS);
         // Positions of all tokens known, and of the guesses but the last, which is not computed.
         if max == 0 || !sequence.reserve(sequence.tokens.len() + max, pool) {
             return Ok(());

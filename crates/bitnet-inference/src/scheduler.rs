@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::kv_blocks::BlockPool;
 use crate::request::FinishReason;
 use crate::sequence::Sequence;
+use crate::speculate::look_up;
 
 /// Sequences that may decode in a step that verifies guesses: with more of them, a step is bound by
 /// arithmetic, and a wrong guess costs time.
@@ -210,13 +211,13 @@ impl Scheduler {
             }
             // What a grammar forces needs no guessing: it is always right.
             sequence.guess = sequence.forced(max);
+            if !sequence.guess.is_empty() || (draft.is_none() && !self.limits.speculate) {
+                continue;
+            }
+            let max = max.min(sequence.guess_length.next());
             match &mut draft {
-                _ if !sequence.guess.is_empty() => {}
                 Some(draft) => draft.guess(sequence, max, &mut self.pool)?,
-                None if self.limits.speculate => {
-                    sequence.guess = sequence.lookup.guess(&sequence.tokens, max);
-                }
-                None => {}
+                None => sequence.guess = look_up(&sequence.tokens, max),
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use bitnet_core::backend::SequenceSlice;
 use crate::error::Result;
 use crate::kv_blocks::{BlockId, BlockPool, Prefix};
 use crate::request::{Event, EventSender, FinishReason, Goal, Request, Usage};
-use crate::speculate::PromptLookup;
+use crate::speculate::GuessLength;
 
 /// A request being worked on.
 pub(crate) struct Sequence {
@@ -24,7 +24,7 @@ pub(crate) struct Sequence {
     pub(crate) n_handed_out: usize,
     /// Guesses of what follows `tokens`, verified by the next step.
     pub(crate) guess: Vec<u32>,
-    pub(crate) lookup: PromptLookup,
+    pub(crate) guess_length: GuessLength,
     /// Positions at the front that the draft model has computed.
     pub(crate) n_drafted: usize,
     pub(crate) priority: i32,
@@ -58,7 +58,7 @@ impl Sequence {
             goal: request.goal,
             n_handed_out: 0,
             guess: Vec::new(),
-            lookup: PromptLookup::default(),
+            guess_length: GuessLength::default(),
             n_drafted: 0,
             priority: request.priority,
             ticket,

@@ -14,53 +14,59 @@ const SEARCH_WINDOW: usize = 8192;
 /// Most tokens guessed at once.
 pub(crate) const MAX_GUESS: usize = 12;
 
-/// How much to guess, learnt from how the last guesses went.
+/// How much to guess, learnt from how the last guesses of a sequence went.
 #[derive(Debug, Clone)]
-pub(crate) struct PromptLookup {
-    length: usize,
+pub(crate) struct GuessLength {
+    tokens: usize,
     /// Steps to sit out after guesses that failed.
     pause: usize,
     n_failures: usize,
 }
 
-impl Default for PromptLookup {
+impl Default for GuessLength {
     fn default() -> Self {
-        Self { length: 4, pause: 0, n_failures: 0 }
+        Self { tokens: 4, pause: 0, n_failures: 0 }
     }
 }
 
-impl PromptLookup {
-    /// Tokens that may follow `tokens`; empty if nothing repeats or guessing did not pay lately.
-    pub(crate) fn guess(&mut self, tokens: &[u32], max: usize) -> Vec<u32> {
+impl GuessLength {
+    /// Tokens to guess in this step; 0 while guessing has not paid lately.
+    pub(crate) fn next(&mut self) -> usize {
         if self.pause > 0 {
             self.pause -= 1;
-            return Vec::new();
+            return 0;
         }
-        let max = max.min(self.length);
-        for n_ending in (SHORTEST_ENDING..=LONGEST_ENDING).rev() {
-            if let Some(follows) = last_occurrence(tokens, n_ending) {
-                // Past its end the text is taken to go on repeating.
-                let period = tokens.len() - follows;
-                return (0..max).map(|i| tokens[follows + i % period]).collect();
-            }
-        }
-        Vec::new()
+        self.tokens
     }
 
-    /// Learns from a guess of which the first `n_right` of `n_guessed` tokens were right.
-    pub(crate) fn learn(&mut self, n_right: usize, n_guessed: usize) {
+    /// Learns from a guess of which the first `n_right` of `n_guessed` tokens were right. After
+    /// more than `patience` guesses in a row that were wrong from their first token, some steps go
+    /// without one.
+    pub(crate) fn learn(&mut self, n_right: usize, n_guessed: usize, patience: usize) {
         if n_right == n_guessed {
-            self.length = (self.length * 2).min(MAX_GUESS);
+            self.tokens = (self.tokens * 2).min(MAX_GUESS);
             self.n_failures = 0;
         } else if n_right == 0 {
-            self.length = (self.length / 2).max(2);
+            self.tokens = (self.tokens / 2).max(2);
             self.n_failures += 1;
-            self.pause = self.n_failures.min(8);
+            self.pause = self.n_failures.saturating_sub(patience).min(8);
         } else {
-            self.length = (n_right + 1).max(2);
+            self.tokens = (n_right + 1).max(2);
             self.n_failures = 0;
         }
     }
+}
+
+/// At most `max` tokens that may follow `tokens`; empty if nothing repeats.
+pub(crate) fn look_up(tokens: &[u32], max: usize) -> Vec<u32> {
+    for n_ending in (SHORTEST_ENDING..=LONGEST_ENDING).rev() {
+        if let Some(follows) = last_occurrence(tokens, n_ending) {
+            // Past its end the text is taken to go on repeating.
+            let period = tokens.len() - follows;
+            return (0..max).map(|i| tokens[follows + i % period]).collect();
+        }
+    }
+    Vec::new()
 }
 
 /// Where the latest earlier occurrence of the last `n_ending` tokens ends.
@@ -78,25 +84,35 @@ mod tests {
 
     #[test]
     fn what_followed_last_time_is_guessed() {
-        let mut lookup = PromptLookup::default();
-        assert_eq!(lookup.guess(&[1, 2, 3, 4, 5, 9, 2, 3], 3), [4, 5, 9]);
-        assert_eq!(lookup.guess(&[1, 2, 3, 4, 7, 2, 3, 8, 2, 3], 1), [8], "the latest counts");
-        assert_eq!(lookup.guess(&[7, 7, 7, 7], 3), [7, 7, 7], "an overlap with the ending");
-        assert_eq!(lookup.guess(&[5, 6, 5, 6], 4), [5, 6, 5, 6]);
-        assert!(lookup.guess(&[1, 2, 3, 4], 3).is_empty());
-        assert!(lookup.guess(&[], 3).is_empty());
-        assert!(lookup.guess(&[1, 2, 1, 2], 0).is_empty());
+        assert_eq!(look_up(&[1, 2, 3, 4, 5, 9, 2, 3], 3), [4, 5, 9]);
+        assert_eq!(look_up(&[1, 2, 3, 4, 7, 2, 3, 8, 2, 3], 1), [8], "the latest counts");
+        assert_eq!(look_up(&[7, 7, 7, 7], 3), [7, 7, 7], "an overlap with the ending");
+        assert_eq!(look_up(&[5, 6, 5, 6], 4), [5, 6, 5, 6]);
+        assert!(look_up(&[1, 2, 3, 4], 3).is_empty());
+        assert!(look_up(&[], 3).is_empty());
+        assert!(look_up(&[1, 2, 1, 2], 0).is_empty());
     }
 
     #[test]
     fn success_lengthens_and_failure_pauses() {
-        let repeating: Vec<u32> = (0..40).map(|i| i % 20).collect();
-        let mut lookup = PromptLookup::default();
-        assert_eq!(lookup.guess(&repeating, 99).len(), 4);
-        lookup.learn(4, 4);
-        assert_eq!(lookup.guess(&repeating, 99).len(), 8);
-        lookup.learn(0, 8);
-        assert!(lookup.guess(&repeating, 99).is_empty(), "one step of pause");
-        assert_eq!(lookup.guess(&repeating, 99).len(), 4);
+        let mut length = GuessLength::default();
+        assert_eq!(length.next(), 4);
+        length.learn(4, 4, 0);
+        assert_eq!(length.next(), 8);
+        length.learn(0, 8, 0);
+        assert_eq!([length.next(), length.next()], [0, 4], "one step of pause");
+        length.learn(1, 4, 0);
+        assert_eq!(length.next(), 2, "one more than were right");
+    }
+
+    #[test]
+    fn patience_forgives_failures() {
+        let mut length = GuessLength::default();
+        for _ in 0..2 {
+            length.learn(0, 2, 2);
+            assert_eq!(length.next(), 2);
+        }
+        length.learn(0, 2, 2);
+        assert_eq!([length.next(), length.next()], [0, 2]);
     }
 }

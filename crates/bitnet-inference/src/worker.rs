@@ -15,7 +15,7 @@ use bitnet_core::backend::{Batch, DeviceInfo, KvSpec, MemoryUsage, SequenceSlice
 use futures_channel::{mpsc as events, oneshot};
 
 use crate::backend::InferenceBackend;
-use crate::draft::Draft;
+use crate::draft::{Draft, PATIENCE};
 use crate::embed::{EmbeddingJob, Pooling};
 use crate::error::{InferenceError, Result};
 use crate::kv_blocks::BlockPool;
@@ -442,7 +442,8 @@ impl WorkerThread {
                     // What the draft model computed after a wrong guess is of no use.
                     sequence.n_drafted = sequence.n_drafted.min(sequence.n_computed);
                     if !guess.is_empty() {
-                        sequence.lookup.learn(n_right, guess.len());
+                        let patience = self.draft.as_ref().map_or(0, |_| PATIENCE);
+                        sequence.guess_length.learn(n_right, guess.len(), patience);
                     }
                     end
                 }
