@@ -51,7 +51,7 @@ impl Array {
         sizes.iter().map(|&size| size as usize).collect()
     }
 
-    fn dtype(&self) -> c_int {
+    pub(crate) fn dtype(&self) -> c_int {
         // SAFETY: `raw` is live.
         unsafe { (self.mlx.functions.mlx_array_dtype)(self.raw) }
     }
@@ -112,6 +112,15 @@ pub(crate) struct Codes {
     /// `(rows, cols / group)`
     pub(crate) biases: Array,
     pub(crate) group: usize,
+}
+
+/// Which positions a row attends to.
+pub(crate) enum Seen<'a> {
+    All,
+    /// The rows are the last positions, and each sees those before it and itself.
+    Causal,
+    /// Those of an array `(…, positions)` of booleans.
+    Where(&'a Array),
 }
 
 /// The operations, on one stream.
@@ -341,18 +350,35 @@ impl Ops {
         node!(self, mlx_fast_rope_dynamic(x.raw, dim, false, base, 1.0, offsets.raw, periods.raw))
     }
 
-    /// Attention of `q` `(1, heads, rows, dim)` to `k` and `v` `(1, kv_heads, positions, dim)`; the
-    /// rows are the last positions.
+    /// `0, 1, … n − 1` as 32-bit integers.
+    pub(crate) fn count(&self, n: usize) -> Result<Array> {
+        node!(self, mlx_arange(0.0, n as f64, 1.0, dtype::I32))
+    }
+
+    pub(crate) fn less_equal(&self, a: &Array, b: &Array) -> Result<Array> {
+        node!(self, mlx_less_equal(a.raw, b.raw))
+    }
+
+    /// `a` where `condition` holds, `b` elsewhere.
+    pub(crate) fn choose(&self, condition: &Array, a: &Array, b: &Array) -> Result<Array> {
+        node!(self, mlx_where(condition.raw, a.raw, b.raw))
+    }
+
+    /// Attention of `q` `(1, heads, rows, dim)` to `k` and `v` `(1, kv_heads, positions, dim)`.
     pub(crate) fn attention(
         &self,
         q: &Array,
         k: &Array,
         v: &Array,
         scale: f32,
-        causal: bool,
+        seen: Seen<'_>,
     ) -> Result<Array> {
-        let mode: &CStr = if causal { c"causal" } else { c"" };
         let none = RawArray::NULL;
+        let (mode, mask): (&CStr, _) = match seen {
+            Seen::All => (c"", none),
+            Seen::Causal => (c"causal", none),
+            Seen::Where(mask) => (c"array", mask.raw),
+        };
         node!(
             self,
             mlx_fast_scaled_dot_product_attention(
@@ -361,7 +387,7 @@ impl Ops {
                 v.raw,
                 scale,
                 mode.as_ptr(),
-                none,
+                mask,
                 none,
                 false
             )
@@ -396,6 +422,12 @@ impl Vector {
         let status =
             unsafe { (self.1.functions.mlx_vector_array_get)(&raw mut out.raw, self.0, index) };
         self.1.check(status, "mlx_vector_array_get").map(|()| out)
+    }
+
+    /// How many arrays it has.
+    pub(crate) fn len(&self) -> usize {
+        // SAFETY: the vector is live.
+        unsafe { (self.1.functions.mlx_vector_array_size)(self.0) }
     }
 
     /// Makes `arrays` the content of a list that belongs to the library.

@@ -1,11 +1,14 @@
-//! MLX as a backend: each operation adds to a graph, and the step is evaluated at its end, once.
+//! MLX as a backend: each operation is checked and recorded, and the step is run at its end, as one
+//! graph that is evaluated once.
 
 use crate::array::{Array, Ops};
+use crate::compiled::Compiled;
 use crate::fused::Fused;
 use crate::kv::MlxKv;
 use crate::library::{Device, Mlx, device_error};
-use crate::linear::{MlxLinear, MlxNorm, MlxTable, Prepared, Units};
+use crate::linear::{MlxLinear, MlxNorm, MlxTable, Units};
 use crate::memory::{Memory, MlxMemory, Placed};
+use crate::program::{Extents, Op, Program, Shared, State};
 use crate::step::Step;
 use bitnet_core::backend::{
     Activation, Backend, Batch, DeviceInfo, KvSpec, MemoryUsage, RopeSpec, TableRole,
@@ -13,12 +16,15 @@ use bitnet_core::backend::{
 use bitnet_core::memory::{AccessPattern, EnhancedMemoryPool, GPUMemoryManager, MemoryStats};
 use bitnet_core::weights::{FloatRows, LinearWeights, NormWeights};
 use bitnet_core::{Error, Result};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
-/// The environment variable that decides whether MLX compiles functions, by `1` or `0`; by default
-/// it does on a GPU and does not on a CPU, where its compiler takes seconds.
+/// The environment variable that decides whether MLX compiles steps of one token for each sequence and
+/// the functions of other steps, by `1` or `0`; by default it does on a GPU and does not on a CPU,
+/// where it calls a C++ compiler, which takes seconds.
 pub const COMPILE_VARIABLE: &str = "BITNET_MLX_COMPILE";
 
 /// The environment variable that names a file for what the pool was asked for: written when the
@@ -29,18 +35,48 @@ pub const TRACE_VARIABLE: &str = "BITNET_MLX_TRACE";
 pub struct MlxBackend {
     ops: Ops,
     fused: Fused,
+    /// Whole steps, if they are to be compiled.
+    compiled: Option<Compiled>,
     memory: Memory,
     units: Units,
     step: Step,
-    /// What must have been computed when the step ends: caches, by the count of stores, and the
-    /// last value of each buffer, by its number.
-    pending: Vec<(u64, Array)>,
+    n_steps: u64,
+    /// What was asked for and not run yet.
+    program: Program,
+    /// The last value of each buffer in this step.
+    values: BTreeMap<u64, Array>,
     next_buffer: u64,
     accounts: Arc<Accounts>,
-    evaluations: Arc<AtomicU64>,
-    /// Whether a step could not be computed: graphs may be left that point to its indices.
+    counts: Arc<Counts>,
+    /// Whether a step could not be computed: caches are lost then, and graphs may be left that point
+    /// to its indices.
     failed: bool,
     trace: Option<PathBuf>,
+}
+
+/// What a backend did, counted since it was made.
+#[derive(Debug, Default)]
+pub struct Counts {
+    evaluations: AtomicU64,
+    compiled: AtomicU64,
+    building_nanos: AtomicU64,
+}
+
+impl Counts {
+    /// How often a graph was given to the device to compute.
+    pub fn evaluations(&self) -> u64 {
+        self.evaluations.load(Ordering::Relaxed)
+    }
+
+    /// How many of these graphs were made by one compiled function.
+    pub fn compiled(&self) -> u64 {
+        self.compiled.load(Ordering::Relaxed)
+    }
+
+    /// Time in which graphs were made, before they were computed.
+    pub fn building(&self) -> Duration {
+        Duration::from_nanos(self.building_nanos.load(Ordering::Relaxed))
+    }
 }
 
 /// Bytes promised to caches and buffers, which MLX allocates itself.
@@ -77,12 +113,13 @@ impl Drop for Counted {
     }
 }
 
-/// Activations `(max_tokens, width)`: the graph node that is their value.
+/// Activations `(max_tokens, width)`: the name of a node of the step's graph.
 pub struct MlxBuffer {
     id: u64,
     max_tokens: usize,
     width: usize,
-    value: Option<Array>,
+    /// The step that wrote it last.
+    step: u64,
     _counted: Counted,
 }
 
@@ -96,18 +133,37 @@ pub struct MlxRope {
 
 /// A cache and its account.
 pub struct MlxCache {
-    kv: MlxKv,
+    kv: Mutex<MlxKv>,
     _counted: Counted,
 }
 
-impl MlxBuffer {
-    /// Its rows in the current step.
-    fn rows(&self, rows: usize) -> Result<&Array> {
-        let there = self.value.as_ref().map_or(0, |value| value.shape()[0]);
-        match &self.value {
-            Some(value) if there == rows => Ok(value),
-            _ => Err(Error::shape("rows of a buffer", format!("{rows} of this step"), there)),
+impl MlxCache {
+    /// Nobody holds it while the backend that owns it is used by another: the lock is free.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, MlxKv> {
+        self.kv.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl MlxRope {
+    /// `(tokens, heads · dim)`, normalized and rotated, as `(tokens, heads, dim)`.
+    pub(crate) fn turn(
+        &self,
+        ops: &Ops,
+        x: &Array,
+        norm: &Option<Shared<MlxNorm>>,
+        positions: &Array,
+    ) -> Result<Array> {
+        let (shape, dim) = (x.shape(), self.head_dim);
+        let (rows, heads) = (shape[0], shape[1] / dim);
+        let mut x = ops.reshape(x, &[rows, heads, 1, dim])?;
+        if let Some(norm) = norm {
+            x = norm.apply(ops, &x)?;
         }
+        x = ops.rope(&x, dim, positions, self.periods.array())?;
+        if let Some(magnitude) = &self.magnitude {
+            x = ops.multiply(&x, magnitude.array())?;
+        }
+        ops.reshape(&x, &[rows, heads, dim])
     }
 }
 
@@ -130,7 +186,7 @@ impl MlxBackend {
         Self::with_compile(compile)
     }
 
-    /// As [`new`](Self::new), with compiled functions or without; `None` leaves it to the device.
+    /// As [`new`](Self::new), with compiled steps or without; `None` leaves it to the device.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -146,22 +202,25 @@ impl MlxBackend {
         }
         Ok(Self {
             fused: Fused::new(&ops, compile)?,
+            compiled: compile.then(|| Compiled::new(&ops)),
             memory: GPUMemoryManager::over(pool),
             failed: false,
             trace: trace.map(PathBuf::from),
             units: Units::default(),
             step: Step::default(),
-            pending: Vec::new(),
+            n_steps: 0,
+            program: Program::default(),
+            values: BTreeMap::new(),
             next_buffer: 0,
             accounts: Arc::default(),
-            evaluations: Arc::default(),
+            counts: Arc::default(),
             ops,
         })
     }
 
-    /// Counts how often a graph is given to the device to compute.
-    pub fn evaluations(&self) -> Arc<AtomicU64> {
-        self.evaluations.clone()
+    /// What it does from now on; stays valid when the backend has been handed to a model.
+    pub fn counts(&self) -> Arc<Counts> {
+        self.counts.clone()
     }
 
     /// The pool its weights and indices lie in.
@@ -174,93 +233,85 @@ impl MlxBackend {
         self.memory.stats()
     }
 
-    /// Sets the value of a buffer, to be computed with the step.
-    fn set(&mut self, buffer: &mut MlxBuffer, value: Array) -> Result<()> {
-        let (rows, shape) = (self.step.rows(), value.shape());
-        if rows > buffer.max_tokens || shape != [rows, buffer.width] {
-            let want = format!("at most {} rows of {}", buffer.max_tokens, buffer.width);
-            return Err(Error::shape("value of a buffer", want, format!("{shape:?}")));
+    /// Checks that this step wrote a buffer.
+    fn check_written(&self, buffer: &MlxBuffer) -> Result<()> {
+        let rows = format!("{} of this step", self.step.rows());
+        match buffer.step == self.n_steps {
+            true => Ok(()),
+            false => Err(Error::shape("rows of a buffer", rows, "none")),
         }
-        self.pending.retain(|(id, _)| *id != buffer.id);
-        self.pending.push((buffer.id, value.clone()));
-        buffer.value = Some(value);
+    }
+
+    /// Checks that a buffer has room for this step's rows of `width`; it is written from now on.
+    fn write(&self, buffer: &mut MlxBuffer, width: usize) -> Result<()> {
+        let rows = self.step.rows();
+        if rows > buffer.max_tokens || width != buffer.width {
+            let want = format!("at most {} rows of {}", buffer.max_tokens, buffer.width);
+            return Err(Error::shape("value of a buffer", want, format!("{rows} of {width}")));
+        }
+        buffer.step = self.n_steps;
         Ok(())
     }
 
-    /// Computes all that is pending, and `with` it.
-    fn evaluate(&mut self, with: Option<&Array>) -> Result<()> {
-        let pending = std::mem::take(&mut self.pending);
-        if pending.is_empty() && with.is_none() {
-            return Ok(());
-        }
-        let arrays: Vec<&Array> = pending.iter().map(|(_, array)| array).chain(with).collect();
-        self.evaluations.fetch_add(1, Ordering::Relaxed);
-        let result = self.ops.evaluate(&arrays);
-        self.failed |= result.is_err();
-        result
-    }
-
-    /// Outputs of projections that share an input.
-    fn products(
+    /// Checks that projections take the rows of a buffer, normalized.
+    fn check_input(
         &self,
-        x: &Array,
-        norm: Option<&MlxNorm>,
-        linears: &[&MlxLinear],
-    ) -> Result<Vec<Array>> {
-        let width = x.shape()[1];
-        if let Some(linear) = linears.iter().find(|linear| linear.cols() != width) {
-            return Err(Error::shape("input of a projection", linear.cols(), width));
+        x: &MlxBuffer,
+        norm: Option<&Shared<MlxNorm>>,
+        linears: &[&Shared<MlxLinear>],
+    ) -> Result<()> {
+        self.check_written(x)?;
+        check_norm(norm, x.width)?;
+        match linears.iter().find(|linear| linear.cols() != x.width) {
+            Some(linear) => Err(Error::shape("input of a projection", linear.cols(), x.width)),
+            None => Ok(()),
         }
-        let x = match norm {
-            Some(norm) => &norm.apply(&self.ops, x)?,
-            None => x,
-        };
-        let mut last: Option<(&MlxLinear, Prepared)> = None;
-        let mut outs = Vec::with_capacity(linears.len());
-        for linear in linears {
-            let serves = |(of, input): &(&MlxLinear, Prepared)| {
-                of.same_norm(linear) && linear.accepts(input)
-            };
-            if !last.as_ref().is_some_and(serves) {
-                let own = match &linear.input_norm {
-                    Some(norm) => &norm.apply(&self.ops, x)?,
-                    None => x,
-                };
-                last = Some((linear, linear.prepare(&self.ops, &self.fused, own)?));
-            }
-            if let Some((_, input)) = &last {
-                outs.push(linear.product(&self.ops, input)?);
-            }
-        }
-        Ok(outs)
     }
 
-    fn product(&self, x: &Array, norm: Option<&MlxNorm>, linear: &MlxLinear) -> Result<Array> {
-        let mut outs = self.products(x, norm, &[linear])?;
-        outs.pop().ok_or_else(|| Error::invalid("projection", "no result"))
+    /// Runs what was recorded. Returns what is for the host.
+    fn flush(&mut self) -> Result<Option<Array>> {
+        let program = std::mem::take(&mut self.program);
+        if program.is_empty() {
+            return Ok(None);
+        }
+        let from_nothing = self.values.is_empty();
+        let values = std::mem::take(&mut self.values);
+        // Unless all of it succeeds, keys and values are gone.
+        self.failed = true;
+        let start = Instant::now();
+        let (indices, places) = (self.step.indices(), program.take_places()?);
+        let mut state = State { indices, places, values, result: None };
+        match &mut self.compiled {
+            Some(compiled) if from_nothing && self.step.is_decode() && program.has_result() => {
+                compiled.run(&program, &mut state)?;
+                self.counts.compiled.fetch_add(1, Ordering::Relaxed);
+            }
+            _ => program.run(&self.ops, &self.fused, &Extents::Known(&self.step), &mut state)?,
+        }
+        let nanos = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.counts.building_nanos.fetch_add(nanos, Ordering::Relaxed);
+        self.counts.evaluations.fetch_add(1, Ordering::Relaxed);
+        self.ops.evaluate(&state.outputs())?;
+        self.failed = false;
+        program.put_places(state.places);
+        self.values = state.values;
+        Ok(state.result)
     }
 
-    /// `(tokens, heads · dim)`, normalized and rotated, as `(tokens, heads, dim)`.
-    fn turn(&mut self, x: &Array, norm: Option<&MlxNorm>, rope: &MlxRope) -> Result<Array> {
-        let (rows, dim) = (self.step.rows(), rope.head_dim);
-        let width = x.shape()[1];
-        if !width.is_multiple_of(dim) {
-            let want = format!("a multiple of {dim}");
-            return Err(Error::shape("width of queries or keys", want, width));
+    /// Runs what was recorded and copies its result to the host.
+    fn flush_to(&mut self, out: &mut Vec<f32>) -> Result<()> {
+        match self.flush()? {
+            Some(result) => self.ops.copy_out(&result, out),
+            None => Err(device_error("a step has no result")),
         }
-        let mut x = self.ops.reshape(x, &[rows, width / dim, 1, dim])?;
-        if let Some(norm) = norm {
-            if norm.width() != dim {
-                return Err(Error::shape("norm of a head", dim, norm.width()));
-            }
-            x = norm.apply(&self.ops, &x)?;
-        }
-        let positions = self.step.positions(&self.ops, &self.memory)?.array();
-        x = self.ops.rope(&x, dim, positions, rope.periods.array())?;
-        if let Some(magnitude) = &rope.magnitude {
-            x = self.ops.multiply(&x, magnitude.array())?;
-        }
-        self.ops.reshape(&x, &[rows, width / dim, dim])
+    }
+}
+
+/// Checks that a norm fits rows of `width`.
+fn check_norm(norm: Option<&Shared<MlxNorm>>, width: usize) -> Result<()> {
+    match norm {
+        Some(norm) if norm.width() != width => Err(Error::shape("norm", width, norm.width())),
+        _ => Ok(()),
     }
 }
 
@@ -274,17 +325,17 @@ impl Drop for MlxBackend {
 }
 
 impl Backend for MlxBackend {
-    type Linear = MlxLinear;
-    type Norm = MlxNorm;
-    type Table = MlxTable;
-    type Rope = MlxRope;
+    type Linear = Shared<MlxLinear>;
+    type Norm = Shared<MlxNorm>;
+    type Table = Shared<MlxTable>;
+    type Rope = Shared<MlxRope>;
     type Buffer = MlxBuffer;
-    type Kv = MlxCache;
+    type Kv = Shared<MlxCache>;
 
     fn device(&self) -> DeviceInfo {
         let kind = if self.ops.device.is_gpu { "gpu" } else { "cpu" };
         let hardware = self.ops.device.info().0.unwrap_or_else(|| kind.into());
-        let compiled = if self.fused.is_compiled() { ", compiled" } else { "" };
+        let compiled = if self.compiled.is_some() { ", compiled" } else { "" };
         DeviceInfo {
             name: "mlx".into(),
             hardware,
@@ -303,23 +354,23 @@ impl Backend for MlxBackend {
         }
     }
 
-    fn linear(&mut self, weights: &LinearWeights) -> Result<MlxLinear> {
-        MlxLinear::new(&self.ops, self.memory.pool(), &mut self.units, weights)
+    fn linear(&mut self, weights: &LinearWeights) -> Result<Self::Linear> {
+        MlxLinear::new(&self.ops, self.memory.pool(), &mut self.units, weights).map(Shared::new)
     }
 
-    fn norm(&mut self, weights: &NormWeights) -> Result<MlxNorm> {
-        MlxNorm::new(&self.ops, self.memory.pool(), weights)
+    fn norm(&mut self, weights: &NormWeights) -> Result<Self::Norm> {
+        MlxNorm::new(&self.ops, self.memory.pool(), weights).map(Shared::new)
     }
 
-    fn table(&mut self, weights: Arc<dyn FloatRows>, _: TableRole) -> Result<MlxTable> {
-        MlxTable::new(&self.ops, self.memory.pool(), &*weights)
+    fn table(&mut self, weights: Arc<dyn FloatRows>, _: TableRole) -> Result<Self::Table> {
+        MlxTable::new(&self.ops, self.memory.pool(), &*weights).map(Shared::new)
     }
 
-    fn table_bytes(&self, table: &MlxTable, _: Option<usize>) -> u64 {
+    fn table_bytes(&self, table: &Self::Table, _: Option<usize>) -> u64 {
         table.bytes()
     }
 
-    fn rope(&mut self, spec: &RopeSpec) -> Result<MlxRope> {
+    fn rope(&mut self, spec: &RopeSpec) -> Result<Self::Rope> {
         let bad = spec.inv_freq.iter().any(|f| !f.is_finite()) || !spec.magnitude.is_finite();
         if bad || spec.inv_freq.is_empty() {
             return Err(Error::invalid("rotary embedding", "frequencies are not all numbers"));
@@ -330,7 +381,7 @@ impl Backend for MlxBackend {
             .transpose()?;
         let periods =
             Placed::floats(&self.ops, self.memory.pool(), &periods, &[spec.inv_freq.len()])?;
-        Ok(MlxRope { periods, head_dim: 2 * spec.inv_freq.len(), magnitude })
+        Ok(Shared::new(MlxRope { periods, head_dim: 2 * spec.inv_freq.len(), magnitude }))
     }
 
     fn buffer(&mut self, max_tokens: usize, width: usize) -> Result<MlxBuffer> {
@@ -345,85 +396,91 @@ impl Backend for MlxBackend {
         })?;
         self.next_buffer += 1;
         let counted = self.accounts.hold(AccessPattern::Activations, bytes);
-        Ok(MlxBuffer { id: self.next_buffer, max_tokens, width, value: None, _counted: counted })
+        Ok(MlxBuffer { id: self.next_buffer, max_tokens, width, step: 0, _counted: counted })
     }
 
-    fn kv_cache(&mut self, spec: KvSpec) -> Result<MlxCache> {
+    fn kv_cache(&mut self, spec: KvSpec) -> Result<Self::Kv> {
         let kv = MlxKv::new(spec)?;
         let counted = self.accounts.hold(AccessPattern::KvCache, kv.capacity_bytes());
-        Ok(MlxCache { kv, _counted: counted })
+        Ok(Shared::new(MlxCache { kv: Mutex::new(kv), _counted: counted }))
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<()> {
-        // What an abandoned step left; its indices go now.
-        self.evaluate(None)?;
+        // What an abandoned step left was never run.
+        self.program = Program::default();
+        self.values.clear();
+        self.n_steps += 1;
         if self.failed {
             return Err(device_error("an earlier step could not be computed"));
         }
-        self.step.begin(batch)
+        self.step.begin(batch, self.compiled.is_some())
     }
 
-    fn embed(&mut self, table: &MlxTable, x: &mut MlxBuffer) -> Result<()> {
+    fn embed(&mut self, table: &Self::Table, x: &mut MlxBuffer) -> Result<()> {
         if table.hidden() != x.width {
             return Err(Error::shape("embeddings", table.hidden(), x.width));
         }
-        let tokens = self.step.tokens(&self.ops, &self.memory, table.vocab())?;
-        let rows = self.ops.take_rows(table.rows(), tokens.array())?;
-        self.set(x, rows)
+        self.step.tokens(&self.ops, &self.memory, table.vocab())?;
+        self.write(x, table.hidden())?;
+        self.program.push(Op::Embed { table: table.clone(), x: x.id });
+        Ok(())
     }
 
     fn project(
         &mut self,
         x: &MlxBuffer,
-        norm: Option<&MlxNorm>,
-        linears: &[&MlxLinear],
+        norm: Option<&Self::Norm>,
+        linears: &[&Self::Linear],
         outs: &mut [&mut MlxBuffer],
     ) -> Result<()> {
         if linears.len() != outs.len() {
             let want = format!("{} buffers", linears.len());
             return Err(Error::shape("outputs of a projection", want, outs.len()));
         }
-        let values = self.products(x.rows(self.step.rows())?, norm, linears)?;
-        for (out, value) in outs.iter_mut().zip(values) {
-            self.set(out, value)?;
+        self.check_input(x, norm, linears)?;
+        for (out, linear) in outs.iter_mut().zip(linears) {
+            self.write(out, linear.rows())?;
         }
+        let linears = linears.iter().map(|&linear| linear.clone()).collect();
+        let outs = outs.iter().map(|out| out.id).collect();
+        self.program.push(Op::Project { x: x.id, norm: norm.cloned(), linears, outs });
         Ok(())
     }
 
     fn project_add(
         &mut self,
         x: &MlxBuffer,
-        norm: Option<&MlxNorm>,
-        linear: &MlxLinear,
+        norm: Option<&Self::Norm>,
+        linear: &Self::Linear,
         acc: &mut MlxBuffer,
     ) -> Result<()> {
-        let n = self.step.rows();
-        let y = self.product(x.rows(n)?, norm, linear)?;
+        self.check_input(x, norm, &[linear])?;
+        self.check_written(acc)?;
         if linear.rows() != acc.width {
             return Err(Error::shape("accumulator", linear.rows(), acc.width));
         }
-        let sum = self.ops.add(acc.rows(n)?, &y)?;
-        self.set(acc, sum)
+        let (norm, linear) = (norm.cloned(), linear.clone());
+        self.program.push(Op::ProjectAdd { x: x.id, norm, linear, acc: acc.id });
+        Ok(())
     }
 
     fn gated(
         &mut self,
         x: &MlxBuffer,
-        norm: Option<&MlxNorm>,
-        gate: &MlxLinear,
-        up: &MlxLinear,
+        norm: Option<&Self::Norm>,
+        gate: &Self::Linear,
+        up: &Self::Linear,
         activation: Activation,
         out: &mut MlxBuffer,
     ) -> Result<()> {
         if gate.rows() != up.rows() {
             return Err(Error::shape("gate and up", gate.rows(), up.rows()));
         }
-        let halves = self.products(x.rows(self.step.rows())?, norm, &[gate, up])?;
-        let [gate, up] = &halves[..] else {
-            return Err(Error::invalid("gate", "two products were expected"));
-        };
-        let value = self.fused.gate(activation, gate, up)?;
-        self.set(out, value)
+        self.check_input(x, norm, &[gate, up])?;
+        self.write(out, gate.rows())?;
+        let (norm, halves) = (norm.cloned(), [gate, up].map(Clone::clone));
+        self.program.push(Op::Gate { x: x.id, norm, halves, activation, out: out.id });
+        Ok(())
     }
 
     fn rotate_and_store(
@@ -431,111 +488,100 @@ impl Backend for MlxBackend {
         q: &mut MlxBuffer,
         k: &mut MlxBuffer,
         v: &MlxBuffer,
-        head_norms: Option<(&MlxNorm, &MlxNorm)>,
-        rope: &MlxRope,
-        kv: &mut MlxCache,
+        head_norms: Option<(&Self::Norm, &Self::Norm)>,
+        rope: &Self::Rope,
+        kv: &mut Self::Kv,
         layer: usize,
     ) -> Result<()> {
-        let n = self.step.rows();
-        let kv = &mut kv.kv;
-        let spec = kv.spec();
-        kv.check_layer(layer)?;
-        let width = spec.n_kv_heads * spec.head_dim;
+        let spec = kv.lock().spec();
+        kv.lock().check_layer(layer)?;
+        let (dim, width) = (spec.head_dim, spec.n_kv_heads * spec.head_dim);
         for (what, buffer) in [("keys", &*k), ("values", v)] {
+            self.check_written(buffer)?;
             if buffer.width != width {
                 return Err(Error::shape(what, width, buffer.width));
             }
         }
-        if rope.head_dim != spec.head_dim {
-            return Err(Error::shape("rotations of a head", spec.head_dim, rope.head_dim));
+        self.check_written(q)?;
+        if !q.width.is_multiple_of(dim) {
+            return Err(Error::shape("width of queries", format!("a multiple of {dim}"), q.width));
         }
-        let turned = self.turn(q.rows(n)?, head_norms.map(|(q, _)| q), rope)?;
-        let turned = self.ops.reshape(&turned, &[n, q.width])?;
-        self.set(q, turned)?;
-        let keys = self.turn(k.rows(n)?, head_norms.map(|(_, k)| k), rope)?;
-        let values = self.ops.reshape(v.rows(n)?, &[n, spec.n_kv_heads, spec.head_dim])?;
-        let (slots, highest) = self.step.slots(&self.ops, &self.memory, &spec)?;
-        kv.reserve(&self.ops, layer, highest)?;
-        for (part, x) in [(0, &keys), (1, &values)] {
-            for array in kv.store(&self.ops, layer, part, slots.array(), x)? {
-                // Buffers are numbered from 1.
-                self.pending.push((0, array));
-            }
+        if rope.head_dim != dim {
+            return Err(Error::shape("rotations of a head", dim, rope.head_dim));
         }
+        check_norm(head_norms.map(|(q, _)| q), dim)?;
+        check_norm(head_norms.map(|(_, k)| k), dim)?;
+        if self.step.has_other_slots(&spec) {
+            self.flush()?;
+        }
+        self.step.positions(&self.ops, &self.memory)?;
+        let (_, highest) = self.step.slots(&self.ops, &self.memory, &spec)?;
+        kv.lock().reserve(&self.ops, layer, highest)?;
+        let place = self.program.place(kv, layer);
+        self.program.push(Op::Store {
+            qkv: [q.id, k.id, v.id],
+            norms: [head_norms.map(|(q, _)| q.clone()), head_norms.map(|(_, k)| k.clone())],
+            rope: rope.clone(),
+            place,
+        });
         Ok(())
     }
 
     fn attention(
         &mut self,
         q: &MlxBuffer,
-        kv: &MlxCache,
+        kv: &Self::Kv,
         layer: usize,
         out: &mut MlxBuffer,
     ) -> Result<()> {
-        let (ops, kv) = (&self.ops, &kv.kv);
-        let KvSpec { head_dim, n_kv_heads, .. } = kv.spec();
-        kv.check_layer(layer)?;
-        let group = n_kv_heads * head_dim;
+        let spec = kv.lock().spec();
+        kv.lock().check_layer(layer)?;
+        let group = spec.n_kv_heads * spec.head_dim;
         if !q.width.is_multiple_of(group) {
             return Err(Error::shape("queries", format!("a multiple of {group}"), q.width));
         }
-        let n_heads = q.width / head_dim;
-        let x = q.rows(self.step.rows())?;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let (_, highest) = self.step.slots(ops, &self.memory, &kv.spec())?;
-        let mut outs = Vec::with_capacity(self.step.batch.sequences.len());
-        for (i, slice) in self.step.batch.sequences.iter().enumerate() {
-            let (rows, positions) = (slice.rows.len(), slice.first_position + slice.rows.len());
-            let blocks = self.step.blocks(i)?.array();
-            let [k, v] = [0, 1].map(|part| kv.gather(ops, layer, part, blocks, highest, positions));
-            let own = ops.slice_rows(x, slice.rows.start, slice.rows.end)?;
-            let own = ops.reshape(&own, &[1, rows, n_heads, head_dim])?;
-            let own = ops.transpose(&own, &[0, 2, 1, 3])?;
-            let y = ops.attention(&own, &k?, &v?, scale, rows > 1)?;
-            let y = ops.transpose(&y, &[0, 2, 1, 3])?;
-            outs.push(ops.reshape(&y, &[rows, q.width])?);
+        self.check_written(q)?;
+        if self.step.has_other_slots(&spec) {
+            self.flush()?;
         }
-        let value = match &outs[..] {
-            [only] => only.clone(),
-            outs => ops.concatenate_rows(&outs.iter().collect::<Vec<_>>())?,
-        };
-        self.set(out, value)
+        self.step.positions(&self.ops, &self.memory)?;
+        let (_, highest) = self.step.slots(&self.ops, &self.memory, &spec)?;
+        kv.lock().check_held(layer, highest)?;
+        self.write(out, q.width)?;
+        let place = self.program.place(kv, layer);
+        self.program.push(Op::Attend { q: q.id, place, out: out.id });
+        Ok(())
     }
 
     fn logits(
         &mut self,
         x: &MlxBuffer,
-        norm: &MlxNorm,
-        head: &MlxTable,
+        norm: &Self::Norm,
+        head: &Self::Table,
         out: &mut Vec<f32>,
     ) -> Result<()> {
-        let x = x.rows(self.step.rows())?;
-        if x.shape()[1] != head.hidden() {
-            return Err(Error::shape("input of the head", head.hidden(), x.shape()[1]));
+        self.check_written(x)?;
+        if x.width != head.hidden() {
+            return Err(Error::shape("input of the head", head.hidden(), x.width));
         }
+        check_norm(Some(norm), x.width)?;
         out.clear();
         if self.step.batch.logit_rows.is_empty() {
             return Ok(());
         }
-        let rows = self.step.logit_rows(&self.ops, &self.memory)?;
-        let x = self.ops.take_rows(x, rows.array())?;
-        let logits = self.ops.matmul(&norm.apply(&self.ops, &x)?, head.columns())?;
-        let logits = self.ops.contiguous(&logits)?;
-        self.evaluate(Some(&logits))?;
-        self.ops.copy_out(&logits, out)
+        self.step.logit_rows(&self.ops, &self.memory)?;
+        self.program.push(Op::Logits { x: x.id, norm: norm.clone(), head: head.clone() });
+        self.flush_to(out)
     }
 
-    fn read(&mut self, x: &MlxBuffer, norm: Option<&MlxNorm>, out: &mut Vec<f32>) -> Result<()> {
-        let mut value = x.rows(self.step.rows())?.clone();
-        if let Some(norm) = norm {
-            value = norm.apply(&self.ops, &value)?;
-        }
-        let value = self.ops.contiguous(&value)?;
-        self.evaluate(Some(&value))?;
-        self.ops.copy_out(&value, out)
+    fn read(&mut self, x: &MlxBuffer, norm: Option<&Self::Norm>, out: &mut Vec<f32>) -> Result<()> {
+        self.check_written(x)?;
+        check_norm(norm, x.width)?;
+        self.program.push(Op::Read { x: x.id, norm: norm.cloned() });
+        self.flush_to(out)
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.evaluate(None)
+        self.flush().map(drop)
     }
 }

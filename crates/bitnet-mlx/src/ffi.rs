@@ -147,6 +147,7 @@ functions! {
 
     fn mlx_vector_array_new_data(*const RawArray, usize) -> RawVector;
     fn mlx_vector_array_free(RawVector) -> c_int;
+    fn mlx_vector_array_size(RawVector) -> usize;
     fn mlx_vector_array_get(*mut RawArray, RawVector, usize) -> c_int;
     fn mlx_vector_array_set_data(*mut RawVector, *const RawArray, usize) -> c_int;
     fn mlx_eval(RawVector) -> c_int;
@@ -160,10 +161,12 @@ functions! {
 
     fn mlx_abs(*mut RawArray, RawArray, RawStream) -> c_int;
     fn mlx_add(*mut RawArray, RawArray, RawArray, RawStream) -> c_int;
+    fn mlx_arange(*mut RawArray, f64, f64, f64, c_int, RawStream) -> c_int;
     fn mlx_astype(*mut RawArray, RawArray, c_int, RawStream) -> c_int;
     fn mlx_concatenate_axis(*mut RawArray, RawVector, c_int, RawStream) -> c_int;
     fn mlx_contiguous(*mut RawArray, RawArray, bool, RawStream) -> c_int;
     fn mlx_divide(*mut RawArray, RawArray, RawArray, RawStream) -> c_int;
+    fn mlx_less_equal(*mut RawArray, RawArray, RawArray, RawStream) -> c_int;
     fn mlx_matmul(*mut RawArray, RawArray, RawArray, RawStream) -> c_int;
     fn mlx_max_axis(*mut RawArray, RawArray, c_int, bool, RawStream) -> c_int;
     fn mlx_maximum(*mut RawArray, RawArray, RawArray, RawStream) -> c_int;
@@ -190,6 +193,7 @@ functions! {
     fn mlx_take_axis(*mut RawArray, RawArray, RawArray, c_int, RawStream) -> c_int;
     fn mlx_transpose_axes(*mut RawArray, RawArray, *const c_int, usize, RawStream) -> c_int;
     fn mlx_view(*mut RawArray, RawArray, c_int, RawStream) -> c_int;
+    fn mlx_where(*mut RawArray, RawArray, RawArray, RawArray, RawStream) -> c_int;
     fn mlx_zeros(*mut RawArray, *const c_int, usize, c_int, RawStream) -> c_int;
 
     fn mlx_fast_rms_norm(*mut RawArray, RawArray, RawArray, f32, RawStream) -> c_int;

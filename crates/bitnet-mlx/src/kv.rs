@@ -19,11 +19,11 @@ pub(crate) struct MlxKv {
 }
 
 /// Keys or values of a layer.
-struct Part {
+pub(crate) struct Part {
     /// `(slots, kv heads, features)`
-    data: Array,
+    pub(crate) data: Array,
     /// `(slots, kv heads, 1)`: what a unit of 8-bit data is worth.
-    scales: Option<Array>,
+    pub(crate) scales: Option<Array>,
 }
 
 /// Blocks an array has room for at least.
@@ -126,79 +126,91 @@ impl MlxKv {
         Ok(())
     }
 
-    /// Stores `x` `(tokens, kv heads, features)` in `slots` `(tokens)` of a layer: keys are part 0,
-    /// values part 1. Returns the arrays that are to be evaluated.
-    pub(crate) fn store(
-        &mut self,
-        ops: &Ops,
-        layer: usize,
-        part: usize,
-        slots: &Array,
-        x: &Array,
-    ) -> Result<Vec<Array>> {
-        let place = &mut self.layers[layer][part];
-        let Some(Part { data, scales }) = place.take() else {
-            return Err(Error::invalid("KV cache", "no room was made"));
-        };
+    /// Checks that a layer holds something, with room for blocks up to `highest`.
+    pub(crate) fn check_held(&self, layer: usize, highest: u32) -> Result<()> {
+        self.check_layer(layer)?;
+        for part in &self.layers[layer] {
+            let Some(Part { data, .. }) = part else {
+                let reason = format!("nothing was stored in layer {layer}");
+                return Err(Error::invalid("KV cache", reason));
+            };
+            if highest as usize >= data.shape()[0] / self.spec.block_tokens {
+                let reason = format!("layer {layer} holds nothing in block {highest}");
+                return Err(Error::invalid("KV cache", reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands out keys and values of a layer, so that nobody else refers to them.
+    pub(crate) fn take(&mut self, layer: usize) -> Result<[Part; 2]> {
+        match std::mem::take(&mut self.layers[layer]) {
+            [Some(keys), Some(values)] => Ok([keys, values]),
+            _ => Err(Error::invalid("KV cache", format!("layer {layer} is not there"))),
+        }
+    }
+
+    /// Takes back what [`take`](Self::take) handed out.
+    pub(crate) fn put(&mut self, layer: usize, parts: [Part; 2]) {
+        self.layers[layer] = parts.map(Some);
+    }
+}
+
+impl Part {
+    /// What it consists of.
+    pub(crate) fn arrays(&self) -> impl Iterator<Item = &Array> {
+        std::iter::once(&self.data).chain(&self.scales)
+    }
+
+    /// With `x` `(tokens, kv heads, features)` in `slots` `(tokens)`.
+    pub(crate) fn store(self, ops: &Ops, slots: &Array, x: &Array) -> Result<Self> {
         let updates = |x: &Array| {
             let shape = x.shape();
             ops.reshape(x, &[shape[0], 1, shape[1], shape[2]])
         };
-        let (stored, unit) = match self.spec.dtype {
-            KvType::F32 => (x.clone(), None),
-            KvType::F16 => (ops.cast(x, dtype::F16)?, None),
-            KvType::Q8 => {
-                let largest = ops.max_last(&ops.abs(x)?)?;
-                // A head of zeros has no scale; any will do.
-                let largest =
-                    ops.maximum(&largest, &ops.floats(&[f32::MIN_POSITIVE * 128.0], &[])?)?;
-                let unit = ops.divide(&largest, &ops.floats(&[127.0], &[])?)?;
-                let codes = ops.round(&ops.divide(x, &unit)?)?;
-                (ops.cast(&codes, dtype::I8)?, Some(unit))
-            }
+        let Self { data, scales } = self;
+        let Some(scales) = scales else {
+            let x = match data.dtype() {
+                dtype::F32 => x.clone(),
+                other => ops.cast(x, other)?,
+            };
+            return Ok(Self { data: ops.scatter_rows(data, slots, &updates(&x)?)?, scales: None });
         };
-        let data = ops.scatter_rows(data, slots, &updates(&stored)?)?;
-        let scales = match (scales, unit) {
-            (Some(scales), Some(unit)) => {
-                Some(ops.scatter_rows(scales, slots, &updates(&unit)?)?)
-            }
-            _ => None,
-        };
-        let written = [Some(&data), scales.as_ref()].into_iter().flatten().cloned().collect();
-        *place = Some(Part { data, scales });
-        Ok(written)
+        let largest = ops.max_last(&ops.abs(x)?)?;
+        // A head of zeros has no scale; any will do.
+        let least = ops.floats(&[f32::MIN_POSITIVE * 128.0], &[])?;
+        let unit = ops.divide(&ops.maximum(&largest, &least)?, &ops.floats(&[127.0], &[])?)?;
+        let codes = ops.round(&ops.divide(x, &unit)?)?;
+        let codes = ops.cast(&codes, dtype::I8)?;
+        Ok(Self {
+            data: ops.scatter_rows(data, slots, &updates(&codes)?)?,
+            scales: Some(ops.scatter_rows(scales, slots, &updates(&unit)?)?),
+        })
     }
 
-    /// Keys (0) or values (1) of the first `positions` positions in `blocks`, none above `highest`, in
-    /// f32: `(1, kv heads, positions, features)`.
+    /// What is in `blocks` of `block_tokens` slots, the first `positions` of it or all, in f32: `(1, kv
+    /// heads, positions, features)`.
     pub(crate) fn gather(
         &self,
         ops: &Ops,
-        layer: usize,
-        part: usize,
+        block_tokens: usize,
         blocks: &Array,
-        highest: u32,
-        positions: usize,
+        positions: Option<usize>,
     ) -> Result<Array> {
-        let Some(Part { data, scales }) = &self.layers[layer][part] else {
-            return Err(Error::invalid("KV cache", format!("nothing was stored in layer {layer}")));
-        };
-        let KvSpec { block_tokens, n_kv_heads, .. } = self.spec;
         let rows = |array: &Array| -> Result<Array> {
             let shape = array.shape();
-            let n_blocks = shape[0] / block_tokens;
-            if highest as usize >= n_blocks {
-                let reason = format!("layer {layer} holds nothing in block {highest}");
-                return Err(Error::invalid("KV cache", reason));
-            }
-            let paged = ops.reshape(array, &[n_blocks, block_tokens, n_kv_heads, shape[2]])?;
+            let (slots, heads, width) = (shape[0], shape[1], shape[2]);
+            let paged = ops.reshape(array, &[slots / block_tokens, block_tokens, heads, width])?;
             let taken = ops.take_rows(&paged, blocks)?;
             let all = taken.shape()[0] * block_tokens;
-            let flat = ops.reshape(&taken, &[all, n_kv_heads, shape[2]])?;
-            ops.cast(&ops.slice_rows(&flat, 0, positions)?, dtype::F32)
+            let flat = ops.reshape(&taken, &[all, heads, width])?;
+            match positions {
+                Some(positions) => ops.cast(&ops.slice_rows(&flat, 0, positions)?, dtype::F32),
+                None => ops.cast(&flat, dtype::F32),
+            }
         };
-        let mut x = rows(data)?;
-        if let Some(scales) = scales {
+        let mut x = rows(&self.data)?;
+        if let Some(scales) = &self.scales {
             x = ops.multiply(&x, &rows(scales)?)?;
         }
         let x = ops.transpose(&x, &[1, 0, 2])?;

@@ -7,22 +7,28 @@
 
 mod array;
 mod backend;
+mod closure;
+mod compiled;
 mod ffi;
 mod fused;
 mod kv;
 mod library;
 mod linear;
 mod memory;
+mod program;
 mod step;
 
 use bitnet_core::Result;
 use bitnet_core::backend::FoundDevice;
 use bitnet_core::memory::system;
 
-pub use backend::{COMPILE_VARIABLE, MlxBackend, MlxBuffer, MlxCache, MlxRope, TRACE_VARIABLE};
+pub use backend::{
+    COMPILE_VARIABLE, Counts, MlxBackend, MlxBuffer, MlxCache, MlxRope, TRACE_VARIABLE,
+};
 pub use library::{LIBRARY_VARIABLE, SUPPORTED_VERSIONS};
 pub use linear::{MlxLinear, MlxNorm, MlxTable};
 pub use memory::{MlxMemory, MlxStorage};
+pub use program::Shared;
 
 /// Whether mlx-c of a version this crate knows can be opened here.
 pub fn is_mlx_available() -> bool {

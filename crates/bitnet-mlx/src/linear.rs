@@ -159,7 +159,7 @@ impl MlxLinear {
             }
             Matrix::Float(weights) => {
                 let placed = dense(ops, pool, rows, cols, |row, out| weights.decode_row(row, out))?;
-                let columns = ops.transpose(placed.array(), &[1, 0])?;
+                let columns = columns(ops, &placed)?;
                 linear.weights = Weights::Dense { columns, activations: None };
                 linear._places.push(placed);
                 weights.release();
@@ -268,7 +268,7 @@ impl MlxLinear {
                 *out = (f32::from(code) - 1.0) * scale;
             }
         })?;
-        let columns = ops.transpose(placed.array(), &[1, 0])?;
+        let columns = columns(ops, &placed)?;
         self.weights = Weights::Dense { columns, activations: Some(activations) };
         self._places.push(placed);
         Ok(())
@@ -386,6 +386,12 @@ fn dense(
     })
 }
 
+/// A matrix as its columns: a view, made here once.
+fn columns(ops: &Ops, matrix: &Placed) -> Result<Array> {
+    let columns = ops.transpose(matrix.array(), &[1, 0])?;
+    ops.evaluate(&[&columns]).map(|()| columns)
+}
+
 /// An embedding table or output head `(vocab, hidden)` in f32.
 pub struct MlxTable {
     placed: Placed,
@@ -402,7 +408,7 @@ impl MlxTable {
         }
         let placed = dense(ops, pool, vocab, hidden, |row, out| source.decode_row(row, out))?;
         source.release();
-        let transposed = ops.transpose(placed.array(), &[1, 0])?;
+        let transposed = columns(ops, &placed)?;
         Ok(Self { placed, transposed, vocab, hidden })
     }
 

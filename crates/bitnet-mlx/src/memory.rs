@@ -126,7 +126,10 @@ impl Placed {
             .buffer_mut()
             .ok_or_else(|| crate::library::device_error("a fresh region has several owners"))?;
         fill(&mut storage.bytes_mut()?[..words * WORD as usize]);
-        Self::show(ops, region, words, dtype, shape)
+        let placed = Self::show(ops, region, words, dtype, shape)?;
+        // A view that has been made is a constant where it is used, not a part of the graph.
+        ops.evaluate(&[&placed.array])?;
+        Ok(placed)
     }
 
     /// The first words of a region as numbers.

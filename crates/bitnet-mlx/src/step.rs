@@ -1,10 +1,25 @@
 //! The current step: its sequences, and their indices on the device.
 
-use crate::array::Ops;
+use crate::array::{Array, Ops};
 use crate::memory::{Memory, Placed};
 use bitnet_core::backend::{Batch, KvSpec, SequenceSlice, check_batch};
 use bitnet_core::{Error, Result};
 use std::collections::HashSet;
+
+/// The indices of a step, those that its operations asked for.
+#[derive(Clone, Default)]
+pub(crate) struct Indices {
+    /// `(tokens)`
+    pub(crate) tokens: Option<Array>,
+    /// `(tokens)`
+    pub(crate) positions: Option<Array>,
+    /// `(rows with logits)`
+    pub(crate) logit_rows: Option<Array>,
+    /// `(tokens)`
+    pub(crate) slots: Option<Array>,
+    /// Block tables of the sequences.
+    pub(crate) blocks: Vec<Array>,
+}
 
 /// A batch and what it looks like to the operations.
 #[derive(Default)]
@@ -20,18 +35,46 @@ pub(crate) struct Step {
     /// Slots of its rows in a cache of some shape.
     slots: Option<(usize, usize, Placed)>,
     highest_block: u32,
+    /// Whether block tables are longer than needed, so that their lengths are few.
+    padded: bool,
+}
+
+/// Blocks that a table of `blocks` is padded to: a multiple of 4 and of an eighth of the next power of
+/// two, so that a sequence of any length has had few lengths, and no more than a quarter is padding.
+fn padded(blocks: usize) -> usize {
+    let step = (blocks.next_power_of_two() / 8).max(4);
+    blocks.next_multiple_of(step)
 }
 
 impl Step {
-    /// Takes a batch over; the indices go to the device when they are first needed.
-    pub(crate) fn begin(&mut self, batch: &Batch) -> Result<()> {
+    /// Takes a batch over; the indices go to the device when they are first needed. Block tables of
+    /// [`Step::is_decode`] are padded if `pad`.
+    pub(crate) fn begin(&mut self, batch: &Batch, pad: bool) -> Result<()> {
         check_batch(batch)?;
         let last = |slice: &SequenceSlice| slice.first_position + slice.rows.len();
         if batch.sequences.iter().any(|slice| i32::try_from(last(slice)).is_err()) {
             return Err(Error::invalid("position", "more than 32 bits"));
         }
         *self = Self { batch: batch.clone(), ..Self::default() };
+        self.padded = pad && self.is_decode();
         Ok(())
+    }
+
+    /// Whether every sequence has one token in it.
+    pub(crate) fn is_decode(&self) -> bool {
+        self.batch.sequences.len() == self.rows()
+    }
+
+    /// What of it is on the device.
+    pub(crate) fn indices(&self) -> Indices {
+        let array = |placed: &Placed| placed.array().clone();
+        Indices {
+            tokens: self.tokens.as_ref().map(array),
+            positions: self.positions.as_ref().map(array),
+            logit_rows: self.logit_rows.as_ref().map(array),
+            slots: self.slots.as_ref().map(|(_, _, slots)| array(slots)),
+            blocks: self.blocks.iter().map(array).collect(),
+        }
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -67,6 +110,14 @@ impl Step {
         })
     }
 
+    /// Whether [`slots`](Self::slots) were asked for, for a cache of another shape.
+    pub(crate) fn has_other_slots(&self, spec: &KvSpec) -> bool {
+        let other = |(tokens, blocks, _): &(usize, usize, Placed)| {
+            (*tokens, *blocks) != (spec.block_tokens, spec.n_blocks)
+        };
+        self.slots.as_ref().is_some_and(other)
+    }
+
     /// Slots `(tokens)` of the rows in a cache, and its highest block in use. Every block is checked
     /// to exist and to have one writer.
     pub(crate) fn slots(
@@ -76,7 +127,7 @@ impl Step {
         spec: &KvSpec,
     ) -> Result<(&Placed, u32)> {
         let key = (spec.block_tokens, spec.n_blocks);
-        if self.slots.as_ref().is_none_or(|(tokens, blocks, _)| (*tokens, *blocks) != key) {
+        if self.slots.is_none() || self.has_other_slots(spec) {
             let mut written = HashSet::new();
             let mut slots = Vec::with_capacity(self.rows());
             for slice in &self.batch.sequences {
@@ -110,7 +161,11 @@ impl Step {
                 .map(|slice| {
                     let end = slice.first_position + slice.rows.len();
                     let own = &slice.blocks[..end.div_ceil(spec.block_tokens)];
-                    let indices: Vec<i32> = own.iter().map(|&b| to_index(b as usize)).collect();
+                    let mut indices: Vec<i32> = own.iter().map(|&b| to_index(b as usize)).collect();
+                    if self.padded {
+                        // Its own block, of which nothing is seen there.
+                        indices.resize(padded(indices.len()), indices[0]);
+                    }
                     Placed::indices(ops, memory, &indices)
                 })
                 .collect::<Result<_>>()?;
@@ -120,12 +175,6 @@ impl Step {
             Some((_, _, slots)) => Ok((slots, self.highest_block)),
             None => Err(Error::invalid("step", "no slots")),
         }
-    }
-
-    /// The block table of a sequence, after [`slots`](Self::slots).
-    pub(crate) fn blocks(&self, sequence: usize) -> Result<&Placed> {
-        let missing = || Error::invalid("attention", "nothing was stored in this step");
-        self.blocks.get(sequence).ok_or_else(missing)
     }
 }
 

@@ -8,12 +8,18 @@ use bitnet_core::weights::{
 };
 use bitnet_mlx::MlxBackend;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 
 #[test]
 #[ignore = "needs mlx-c: scripts/test-mlx.sh"]
 fn mlx_conforms() {
-    conformance(|| MlxBackend::new().unwrap());
+    conformance(|| MlxBackend::with_compile(Some(false)).unwrap());
+}
+
+/// Prompts are not compiled and tokens are: the suite compares them bit for bit.
+#[test]
+#[ignore = "needs mlx-c and a C++ compiler: scripts/test-mlx.sh"]
+fn compiled_steps_conform() {
+    conformance(|| MlxBackend::with_compile(Some(true)).unwrap());
 }
 
 const HIDDEN: usize = 320;
@@ -113,9 +119,9 @@ fn compiled_functions_compute_the_same() {
 #[ignore = "needs mlx-c: scripts/test-mlx.sh"]
 fn a_step_is_one_evaluation_and_its_indices_use_memory_again() {
     let mut backend = MlxBackend::with_compile(Some(false)).unwrap();
-    let evaluations = backend.evaluations();
+    let counts = backend.counts();
     let want = feed_forward(&mut backend);
-    assert_eq!(evaluations.load(Relaxed), 1, "reading takes one, the end of the step none");
+    assert_eq!(counts.evaluations(), 1, "reading takes one, the end of the step none");
     let before = backend.memory_stats();
     assert_eq!(feed_forward(&mut backend), want);
     let after = backend.memory_stats();
