@@ -75,11 +75,11 @@ if [ "${1:-}" = env ]; then
 fi
 
 . scripts/devices.sh
-echo "-- conformance"
-device_tests --test on_mlx -- --include-ignored
+echo "-- conformance; evaluations and bytes of a token; a compiled token; a lost device"
+device_tests --test on_mlx --test model_on_mlx -- --include-ignored --nocapture
 echo "-- reference models: logits, greedy tokens, chunks, batches"
 reference_models mlx
-echo "-- the library, requests served together, evaluations and bytes of a token"
-device_tests --lib -- --include-ignored --nocapture mlx_tests array:: library::
+echo "-- the library, requests served together"
+device_tests --lib -- --include-ignored mlx_tests array:: library::
 echo "-- the program"
 program mlx

@@ -26,7 +26,7 @@ export NODEVICE_SELECT=1
 echo "-- conformance: all the device has, the least, split bindings; a lost device"
 device_tests --test on_wgpu -- --nocapture
 echo "-- a device lost in mid-request, submissions and bytes of a token"
-device_tests --lib -- wgpu_tests --nocapture
+device_tests --test model_on_wgpu -- --nocapture
 echo "-- reference models: logits, greedy tokens, chunks, batches"
 reference_models wgpu
 echo "-- the program"

@@ -6,8 +6,6 @@
 mod choice;
 #[cfg(all(test, feature = "mlx"))]
 mod mlx_tests;
-#[cfg(all(test, feature = "wgpu"))]
-mod wgpu_tests;
 
 use bitnet_core::backend::{Backend, FoundDevice, KvSpec};
 use bitnet_core::cpu::CpuBackend;

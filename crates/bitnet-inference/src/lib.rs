@@ -52,6 +52,8 @@ mod speculate;
 pub mod stop;
 pub mod stream;
 pub mod synthetic;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tokenizer;
 mod wait;
 mod worker;

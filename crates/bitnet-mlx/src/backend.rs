@@ -18,7 +18,7 @@ use bitnet_core::weights::{FloatRows, LinearWeights, NormWeights};
 use bitnet_core::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,8 @@ pub struct MlxBackend {
     /// Whether a step could not be computed: caches are lost then, and graphs may be left that point
     /// to its indices.
     failed: bool,
+    /// Set by a test that has lost the device.
+    lost: Arc<AtomicBool>,
     trace: Option<PathBuf>,
 }
 
@@ -205,6 +207,7 @@ impl MlxBackend {
             compiled: compile.then(|| Compiled::new(&ops)),
             memory: GPUMemoryManager::over(pool),
             failed: false,
+            lost: Arc::default(),
             trace: trace.map(PathBuf::from),
             units: Units::default(),
             step: Step::default(),
@@ -221,6 +224,13 @@ impl MlxBackend {
     /// What it does from now on; stays valid when the backend has been handed to a model.
     pub fn counts(&self) -> Arc<Counts> {
         self.counts.clone()
+    }
+
+    /// A way to lose the device on purpose, for tests of what happens then: from the next step on MLX
+    /// reports an error.
+    pub fn loss(&self) -> impl Fn() + Send + Sync + use<> {
+        let lost = self.lost.clone();
+        move || lost.store(true, Ordering::Relaxed)
     }
 
     /// The pool its weights and indices lie in.
@@ -291,6 +301,10 @@ impl MlxBackend {
         let nanos = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.counts.building_nanos.fetch_add(nanos, Ordering::Relaxed);
         self.counts.evaluations.fetch_add(1, Ordering::Relaxed);
+        if self.lost.load(Ordering::Relaxed) {
+            // What no device can: the library's error takes the way of any other.
+            self.ops.reshape(&self.ops.floats(&[0.0], &[1])?, &[2])?;
+        }
         self.ops.evaluate(&state.outputs())?;
         self.failed = false;
         program.put_places(state.places);

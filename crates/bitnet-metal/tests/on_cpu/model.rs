@@ -7,6 +7,7 @@ use bitnet_core::cpu::CpuBackend;
 use bitnet_inference::backend::InferenceBackend;
 use bitnet_inference::decoder::Decoder;
 use bitnet_inference::source::{self, WeightSource};
+use bitnet_inference::testing;
 use bitnet_metal::MetalBackend;
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
@@ -174,4 +175,22 @@ fn a_step_is_one_submission() {
         let rows = (end - first) as u64;
         assert_eq!((written, read), (rows * (4 + 8 + 256) + 8, 4 * logits.len() as u64));
     }
+}
+
+fn losable() -> (MetalBackend<Simulator>, impl Fn()) {
+    let simulator = Simulator::new(Library::kernels(), 0);
+    let lose = simulator.loss();
+    (MetalBackend::new(simulator, 1 << 40).expect("a few bytes"), lose)
+}
+
+#[test]
+#[ignore = "needs clang++: scripts/test-metal.sh"]
+fn a_device_lost_in_mid_request_ends_on_the_cpu_and_says_so() {
+    testing::a_lost_device_ends_on_the_cpu_and_says_so(losable);
+}
+
+#[test]
+#[ignore = "needs clang++: scripts/test-metal.sh"]
+fn a_device_lost_in_mid_request_is_a_clean_error_where_nothing_may_take_over() {
+    testing::a_lost_device_is_a_clean_error(losable);
 }

@@ -13,7 +13,7 @@ use bitnet_metal::{Dispatch, Driver, Kernel, MetalBackend, SOURCES};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// What `harness/launch.hpp` calls `Launch`.
@@ -252,13 +252,20 @@ pub(crate) struct Simulator {
     memory: SimulatorMemory,
     recorded: Vec<Recorded>,
     seed: u32,
+    lost: Arc<AtomicBool>,
 }
 
 impl Simulator {
     /// `seed` chooses the schedule: 0 ascending, 1 descending, others shuffled.
     pub(crate) fn new(library: Arc<Library>, seed: u32) -> Self {
         let memory = SimulatorMemory(library, Arc::default());
-        Self { memory, recorded: Vec::new(), seed }
+        Self { memory, recorded: Vec::new(), seed, lost: Arc::default() }
+    }
+
+    /// A way to lose the device: from then on what is submitted ends as on a device that was removed.
+    pub(crate) fn loss(&self) -> impl Fn() + use<> {
+        let lost = self.lost.clone();
+        move || lost.store(true, Ordering::Relaxed)
     }
 
     /// Counts what goes over to the device and back from now on.
@@ -330,6 +337,10 @@ impl Driver for Simulator {
     fn submit(&mut self) -> Result<()> {
         self.memory.1.submissions.fetch_add(1, Ordering::Relaxed);
         let recorded = std::mem::take(&mut self.recorded);
+        if self.lost.load(Ordering::Relaxed) {
+            let reason = "the device was removed".into();
+            return Err(Error::Device { device: "metal".into(), reason });
+        }
         for together in recorded.chunk_by(|_, next| next.beside) {
             // Those that may run at the same time must not care which is first.
             match self.seed % 2 {
