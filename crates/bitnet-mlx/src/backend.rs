@@ -22,10 +22,36 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// The environment variable that decides whether MLX compiles steps of one token for each sequence and
-/// the functions of other steps, by `1` or `0`; by default it does on a GPU and does not on a CPU,
-/// where it calls a C++ compiler, which takes seconds.
+/// The environment variable that decides what MLX compiles, by the number of a [`Compile`].
 pub const COMPILE_VARIABLE: &str = "BITNET_MLX_COMPILE";
+
+/// How the graph of a step in which every sequence has one token is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compile {
+    /// Node by node, like that of any other step.
+    Nothing,
+    /// By one function, traced once and replayed. The default on a CPU.
+    Steps,
+    /// As [`Steps`](Self::Steps), and what is computed number by number becomes kernels, in other steps
+    /// too. The default on a GPU. On a CPU MLX calls a C++ compiler for this, which takes seconds, and
+    /// writes constants with six digits, so that results differ in their last bits.
+    Kernels,
+}
+
+impl Compile {
+    /// What [`COMPILE_VARIABLE`] says, if it says something.
+    fn from_environment() -> Result<Option<Self>> {
+        match std::env::var(COMPILE_VARIABLE).as_deref() {
+            Ok("0") => Ok(Some(Self::Nothing)),
+            Ok("1") => Ok(Some(Self::Steps)),
+            Ok("2") => Ok(Some(Self::Kernels)),
+            Ok(other) if !other.is_empty() => {
+                Err(Error::invalid(COMPILE_VARIABLE, format!("{other:?} is not 0, 1 or 2")))
+            }
+            _ => Ok(None),
+        }
+    }
+}
 
 /// The environment variable that names a file for what the pool was asked for: written when the
 /// backend goes, as the text of an [`AllocationTrace`](bitnet_core::memory::AllocationTrace).
@@ -37,6 +63,7 @@ pub struct MlxBackend {
     fused: Fused,
     /// Whole steps, if they are to be compiled.
     compiled: Option<Compiled>,
+    compile: Compile,
     memory: Memory,
     units: Units,
     step: Step,
@@ -176,26 +203,19 @@ impl MlxBackend {
     /// [`Error::Device`] if mlx-c cannot be opened, has another version than
     /// [`SUPPORTED_VERSIONS`](crate::SUPPORTED_VERSIONS), or has no device.
     pub fn new() -> Result<Self> {
-        let compile = match std::env::var(COMPILE_VARIABLE).as_deref() {
-            Ok("1") => Some(true),
-            Ok("0") => Some(false),
-            Ok(other) if !other.is_empty() => {
-                let reason = format!("{other:?} is neither 0 nor 1");
-                return Err(Error::invalid(COMPILE_VARIABLE, reason));
-            }
-            _ => None,
-        };
-        Self::with_compile(compile)
+        Self::with_compile(Compile::from_environment()?)
     }
 
-    /// As [`new`](Self::new), with compiled steps or without; `None` leaves it to the device.
+    /// As [`new`](Self::new), with graphs made in this way; `None` leaves it to the device.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn with_compile(compile: Option<bool>) -> Result<Self> {
+    pub fn with_compile(compile: Option<Compile>) -> Result<Self> {
         let mlx = Mlx::get()?;
         let device = Arc::new(Device::best(mlx)?);
-        let compile = compile.unwrap_or(device.is_gpu);
+        let best = if device.is_gpu { Compile::Kernels } else { Compile::Steps };
+        let compile = compile.unwrap_or(best);
+        let fuse = compile == Compile::Kernels;
         let ops = Ops { mlx, device };
         let pool = EnhancedMemoryPool::new(MlxMemory::new(ops.clone()), u64::MAX);
         let trace = std::env::var_os(TRACE_VARIABLE).filter(|path| !path.is_empty());
@@ -203,8 +223,9 @@ impl MlxBackend {
             pool.start_recording();
         }
         Ok(Self {
-            fused: Fused::new(&ops, compile)?,
-            compiled: compile.then(|| Compiled::new(&ops)),
+            fused: Fused::new(&ops, fuse)?,
+            compiled: (compile != Compile::Nothing).then(|| Compiled::new(&ops, fuse)),
+            compile,
             memory: GPUMemoryManager::over(pool),
             failed: false,
             lost: Arc::default(),
@@ -349,7 +370,11 @@ impl Backend for MlxBackend {
     fn device(&self) -> DeviceInfo {
         let kind = if self.ops.device.is_gpu { "gpu" } else { "cpu" };
         let hardware = self.ops.device.info().0.unwrap_or_else(|| kind.into());
-        let compiled = if self.compiled.is_some() { ", compiled" } else { "" };
+        let compiled = match self.compile {
+            Compile::Nothing => "",
+            Compile::Steps => ", compiled steps",
+            Compile::Kernels => ", compiled steps and kernels",
+        };
         DeviceInfo {
             name: "mlx".into(),
             hardware,

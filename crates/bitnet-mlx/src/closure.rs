@@ -1,7 +1,7 @@
 //! A function of arrays that MLX compiles: traced once for each list of shapes, then replayed.
 
 use crate::array::{Array, Ops, Vector};
-use crate::ffi::{RawClosure, RawVector};
+use crate::ffi::{COMPILE_ENABLED, COMPILE_NO_FUSE, RawClosure, RawVector};
 use bitnet_core::Result;
 use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
@@ -19,6 +19,7 @@ struct Payload {
 pub(crate) struct Closure {
     ops: Ops,
     raw: RawClosure,
+    fuse: bool,
 }
 
 // SAFETY: the library's closure owns its payload, which is `Send`, and is applied under the
@@ -55,8 +56,9 @@ unsafe extern "C" fn drop_payload(payload: *mut c_void) {
 
 impl Closure {
     /// Has `body` compiled; MLX does the work when the function is first applied. A `shapeless`
-    /// function is traced once for all shapes, which few operations allow.
-    pub(crate) fn new(ops: &Ops, shapeless: bool, body: Body) -> Result<Self> {
+    /// function is traced once for all shapes, which few operations allow; `fuse` makes kernels of what
+    /// is computed number by number.
+    pub(crate) fn new(ops: &Ops, shapeless: bool, fuse: bool, body: Body) -> Result<Self> {
         let f = &ops.mlx.functions;
         let payload = Box::into_raw(Box::new(Payload { ops: ops.clone(), body }));
         // SAFETY: both functions take the payload they are given here, which now belongs to the
@@ -66,8 +68,8 @@ impl Closure {
         if plain.0.is_null() {
             return Err(ops.mlx.null_error("mlx_closure_new_func_payload"));
         }
-        let plain = Self { ops: ops.clone(), raw: plain };
-        let mut compiled = Self { ops: ops.clone(), raw: RawClosure::NULL };
+        let plain = Self { ops: ops.clone(), raw: plain, fuse };
+        let mut compiled = Self { ops: ops.clone(), raw: RawClosure::NULL, fuse };
         // SAFETY: `plain` is live; the null handle is what the function fills in.
         let status = unsafe { (f.mlx_compile)(&raw mut compiled.raw, plain.raw, shapeless) };
         ops.mlx.check(status, "mlx_compile").map(|()| compiled)
@@ -79,7 +81,14 @@ impl Closure {
         let args = Vector::new(mlx, args)?;
         let mut results = RawVector::NULL;
         let status = {
+            // The mode is the whole process's, and asked for when a function is traced.
             let _evaluation = mlx.evaluation();
+            let mode = if self.fuse { COMPILE_ENABLED } else { COMPILE_NO_FUSE };
+            // SAFETY: the mode is one of the library's.
+            mlx.check(
+                unsafe { (mlx.functions.mlx_set_compile_mode)(mode) },
+                "mlx_set_compile_mode",
+            )?;
             // SAFETY: closure and list are live; the null handle is what the function fills in.
             unsafe { (mlx.functions.mlx_closure_apply)(&raw mut results, self.raw, args.0) }
         };

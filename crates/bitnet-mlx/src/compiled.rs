@@ -19,6 +19,7 @@ const MAX_SHAPES: usize = 32;
 /// The functions of a backend.
 pub(crate) struct Compiled {
     ops: Ops,
+    fuse: bool,
     /// The last used one at the end.
     known: Vec<Function>,
 }
@@ -31,8 +32,9 @@ struct Function {
 }
 
 impl Compiled {
-    pub(crate) fn new(ops: &Ops) -> Self {
-        Self { ops: ops.clone(), known: Vec::new() }
+    /// `fuse`: see [`Closure::new`].
+    pub(crate) fn new(ops: &Ops, fuse: bool) -> Self {
+        Self { ops: ops.clone(), fuse, known: Vec::new() }
     }
 
     /// Does what [`Program::run`] does for a step that starts from nothing, by one function.
@@ -43,7 +45,7 @@ impl Compiled {
         let known = place.map(|place| self.known.remove(place));
         let mut function = match known {
             Some(f) if f.shapes.len() < MAX_SHAPES || f.shapes.contains(&shape) => f,
-            _ => Function::new(&self.ops, program, state)?,
+            _ => Function::new(&self.ops, self.fuse, program, state)?,
         };
         function.shapes.insert(shape);
         let arrays = function.closure.apply(&state.inputs())?;
@@ -62,7 +64,7 @@ impl Compiled {
 }
 
 impl Function {
-    fn new(ops: &Ops, program: &Program, state: &State) -> Result<Self> {
+    fn new(ops: &Ops, fuse: bool, program: &Program, state: &State) -> Result<Self> {
         let (form, traced) = (state.form(), program.clone());
         let body = move |ops: &Ops, arrays| {
             let mut state = form(arrays)?;
@@ -74,7 +76,7 @@ impl Function {
             }
             Ok(state.outputs().into_iter().cloned().collect())
         };
-        let closure = Closure::new(ops, false, Box::new(body))?;
+        let closure = Closure::new(ops, false, fuse, Box::new(body))?;
         Ok(Self { program: program.clone(), closure, shapes: HashSet::new() })
     }
 }

@@ -69,6 +69,11 @@ pub(crate) mod dtype {
     pub(crate) const F32: c_int = 10;
 }
 
+/// `mlx_compile_mode`: functions are traced, simplified and replayed.
+pub(crate) const COMPILE_NO_FUSE: c_int = 2;
+/// `mlx_compile_mode`: and what is computed number by number becomes kernels of their own.
+pub(crate) const COMPILE_ENABLED: c_int = 3;
+
 /// `mlx_device_type`
 pub(crate) const DEVICE_CPU: c_int = 0;
 /// `mlx_device_type`
@@ -158,6 +163,7 @@ functions! {
     fn mlx_closure_apply(*mut RawVector, RawClosure, RawVector) -> c_int;
     fn mlx_closure_free(RawClosure) -> c_int;
     fn mlx_compile(*mut RawClosure, RawClosure, bool) -> c_int;
+    fn mlx_set_compile_mode(c_int) -> c_int;
 
     fn mlx_abs(*mut RawArray, RawArray, RawStream) -> c_int;
     fn mlx_add(*mut RawArray, RawArray, RawArray, RawStream) -> c_int;

@@ -38,12 +38,12 @@ pub(crate) struct Fused {
 }
 
 impl Fused {
-    /// Compiles the functions if `compile`; MLX does the work when they are first applied.
+    /// Has the functions compiled if `compile`; MLX does the work when they are first applied.
     pub(crate) fn new(ops: &Ops, compile: bool) -> Result<Self> {
         let compiled = match compile {
             true => {
                 let [quantize, relu2, silu] = [quantize as Body, relu2, silu].map(|body| {
-                    Closure::new(ops, true, Box::new(move |ops, args| body(ops, &args)))
+                    Closure::new(ops, true, true, Box::new(move |ops, args| body(ops, &args)))
                 });
                 Some([quantize?, relu2?, silu?])
             }

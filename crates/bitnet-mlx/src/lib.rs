@@ -23,7 +23,7 @@ use bitnet_core::backend::FoundDevice;
 use bitnet_core::memory::system;
 
 pub use backend::{
-    COMPILE_VARIABLE, Counts, MlxBackend, MlxBuffer, MlxCache, MlxRope, TRACE_VARIABLE,
+    COMPILE_VARIABLE, Compile, Counts, MlxBackend, MlxBuffer, MlxCache, MlxRope, TRACE_VARIABLE,
 };
 pub use library::{LIBRARY_VARIABLE, SUPPORTED_VERSIONS};
 pub use linear::{MlxLinear, MlxNorm, MlxTable};

@@ -6,7 +6,7 @@ use bitnet_core::backend::{Batch, SequenceSlice};
 use bitnet_core::memory::{AccessPattern, TraceEvent};
 use bitnet_inference::backend::InferenceBackend;
 use bitnet_inference::testing::{self, placed};
-use bitnet_mlx::{Counts, MlxBackend};
+use bitnet_mlx::{Compile, Counts, MlxBackend};
 use std::time::Duration;
 
 /// A step of these tokens of one sequence, which wants the logits of the last.
@@ -20,7 +20,7 @@ fn step(tokens: Vec<u32>, first_position: usize, blocks: &[u32]) -> Batch {
 #[test]
 #[ignore = "needs mlx-c: scripts/test-mlx.sh"]
 fn a_token_is_one_evaluation() {
-    let backend = MlxBackend::with_compile(Some(false)).unwrap();
+    let backend = MlxBackend::with_compile(Some(Compile::Nothing)).unwrap();
     let (counts, pool) = (backend.counts(), backend.pool().clone());
     let (mut model, vocab_size) = placed(backend);
     let mut logits = Vec::new();
@@ -70,11 +70,11 @@ fn greedy(
 /// where the block table's length changes, and gives the tokens of the plain graph. Prints what making
 /// the graph of a token takes either way.
 #[test]
-#[ignore = "needs mlx-c and a C++ compiler: scripts/test-mlx.sh"]
+#[ignore = "needs mlx-c: scripts/test-mlx.sh"]
 fn a_token_is_one_compiled_function() {
     const TOKENS: usize = 120;
     let [(plain, plain_times, _), (compiled, compiled_times, n_compiled)] =
-        [false, true].map(|compile| {
+        [Compile::Nothing, Compile::Steps].map(|compile| {
             let backend = MlxBackend::with_compile(Some(compile)).unwrap();
             let counts = backend.counts();
             let (mut model, _) = placed(backend);
@@ -92,12 +92,12 @@ fn a_token_is_one_compiled_function() {
     let ((plain, _), (replayed, traced)) = (median(plain_times), median(compiled_times));
     println!(
         "making the graph of a token: {plain:.1?} node by node, {replayed:.1?} by the compiled \
-         function; {traced:.1?} when it is traced and compiled"
+         function; {traced:.1?} when it is traced"
     );
 }
 
 fn losable() -> (MlxBackend, impl Fn()) {
-    let backend = MlxBackend::with_compile(Some(false)).unwrap();
+    let backend = MlxBackend::new().unwrap();
     let lose = backend.loss();
     (backend, lose)
 }

@@ -6,20 +6,24 @@ use bitnet_core::testing::conformance;
 use bitnet_core::weights::{
     ActivationQuant, FloatRows, LinearWeights, Matrix, NormWeights, Scales, TernaryRows,
 };
-use bitnet_mlx::MlxBackend;
+use bitnet_mlx::{Compile, MlxBackend};
 use std::sync::Arc;
 
-#[test]
-#[ignore = "needs mlx-c: scripts/test-mlx.sh"]
-fn mlx_conforms() {
-    conformance(|| MlxBackend::with_compile(Some(false)).unwrap());
+fn conforms(compile: Compile) -> Vec<f32> {
+    conformance(|| MlxBackend::with_compile(Some(compile)).unwrap())
 }
 
-/// Prompts are not compiled and tokens are: the suite compares them bit for bit.
+/// Prompts are not compiled and tokens may be: the suite compares them bit for bit.
+#[test]
+#[ignore = "needs mlx-c: scripts/test-mlx.sh"]
+fn mlx_conforms_node_by_node_and_with_compiled_steps() {
+    assert!(conforms(Compile::Nothing) == conforms(Compile::Steps), "compiling changed results");
+}
+
 #[test]
 #[ignore = "needs mlx-c and a C++ compiler: scripts/test-mlx.sh"]
-fn compiled_steps_conform() {
-    conformance(|| MlxBackend::with_compile(Some(true)).unwrap());
+fn mlx_conforms_with_compiled_kernels() {
+    conforms(Compile::Kernels);
 }
 
 const HIDDEN: usize = 320;
@@ -103,9 +107,9 @@ fn feed_forward(backend: &mut MlxBackend) -> Vec<f32> {
 #[test]
 #[ignore = "needs mlx-c and a C++ compiler: scripts/test-mlx.sh"]
 fn compiled_functions_compute_the_same() {
-    let mut plain = MlxBackend::with_compile(Some(false)).unwrap();
-    let mut compiled = MlxBackend::with_compile(Some(true)).unwrap();
-    assert!(compiled.device().kernel.ends_with("compiled"));
+    let mut plain = MlxBackend::with_compile(Some(Compile::Nothing)).unwrap();
+    let mut compiled = MlxBackend::with_compile(Some(Compile::Kernels)).unwrap();
+    assert!(compiled.device().kernel.ends_with("compiled steps and kernels"));
     let (want, got) = (feed_forward(&mut plain), feed_forward(&mut compiled));
     assert!(want.iter().any(|x| x.abs() > 1.0));
     for (got, want) in got.iter().zip(&want) {
@@ -118,7 +122,7 @@ fn compiled_functions_compute_the_same() {
 #[test]
 #[ignore = "needs mlx-c: scripts/test-mlx.sh"]
 fn a_step_is_one_evaluation_and_its_indices_use_memory_again() {
-    let mut backend = MlxBackend::with_compile(Some(false)).unwrap();
+    let mut backend = MlxBackend::with_compile(Some(Compile::Nothing)).unwrap();
     let counts = backend.counts();
     let want = feed_forward(&mut backend);
     assert_eq!(counts.evaluations(), 1, "reading takes one, the end of the step none");
@@ -134,12 +138,12 @@ fn a_step_is_one_evaluation_and_its_indices_use_memory_again() {
 #[test]
 #[ignore = "needs mlx-c: scripts/test-mlx.sh"]
 fn engines_on_several_threads_share_the_library() {
-    let want = feed_forward(&mut MlxBackend::with_compile(Some(false)).unwrap());
+    let want = feed_forward(&mut MlxBackend::with_compile(Some(Compile::Nothing)).unwrap());
     std::thread::scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| {
                 // Made here, used there: a model is loaded on one thread and runs on another.
-                let mut backend = MlxBackend::with_compile(Some(false)).unwrap();
+                let mut backend = MlxBackend::with_compile(Some(Compile::Nothing)).unwrap();
                 let want = &want;
                 scope.spawn(move || {
                     for _ in 0..5 {
