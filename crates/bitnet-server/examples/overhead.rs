@@ -88,7 +88,7 @@ async fn compare(path: String, n_streams: usize, n_rounds: usize) -> Outcome<()>
     shares.sort_by(f64::total_cmp);
     let quartile = |q: usize| shares[(shares.len() - 1) * q / 4] * 100.0;
     println!(
-        "{n_streams} streams of {TOKENS} tokens: median {:+.2} %, quartiles {:+.2} % and {:+.2} %",
+        "{n_streams} at a time, {TOKENS} tokens each: median {:+.2} %, quartiles {:+.2} % and {:+.2} %",
         quartile(2),
         quartile(1),
         quartile(3)

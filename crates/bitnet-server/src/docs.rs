@@ -76,6 +76,9 @@ fn route(html: &mut String, path: &str, method: &str, operation: &Value) {
     );
     for (_, media) in entries(&operation["requestBody"]["content"]) {
         let _ = write!(html, "<p>Body: {}</p>", kind(&media["schema"]));
+        if let Some(example) = media.get("example") {
+            let _ = write!(html, "<pre>{}</pre>", escape(&format!("{example:#}")));
+        }
     }
     html.push_str("<table><tr><th>Status</th><th>Answer</th></tr>");
     for (status, response) in entries(&operation["responses"]) {

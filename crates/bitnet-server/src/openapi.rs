@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use utoipa::openapi::schema::{SchemaType, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{RefOr, Schema};
@@ -122,12 +122,32 @@ pub(crate) fn own_document(state: &AppState) -> utoipa::openapi::OpenApi {
     document(state.keys().required(), &models)
 }
 
-/// Lists the models wherever a request names one, so that programs that read the document can ask.
+/// A request of a route that is answered as it stands, but for the model's name.
+fn example(path: &str) -> Option<Value> {
+    const TEXT: &str = "Once upon a time";
+    let messages = json!([{"role": "user", "content": TEXT}]);
+    Some(match path {
+        "/v1/chat/completions" | "/v1/messages" => json!({"messages": messages, "max_tokens": 16}),
+        "/v1/completions" => json!({"prompt": TEXT, "max_tokens": 16}),
+        "/v1/responses" => json!({"input": TEXT, "max_output_tokens": 16}),
+        "/v1/embeddings" | "/api/embed" => json!({"input": TEXT}),
+        "/v1/messages/count_tokens" | "/apply-template" => json!({"messages": messages}),
+        "/api/chat" => json!({"messages": messages, "options": {"num_predict": 16}}),
+        "/api/generate" => json!({"prompt": TEXT, "options": {"num_predict": 16}}),
+        "/api/show" => json!({}),
+        "/tokenize" => json!({"content": TEXT}),
+        "/detokenize" => json!({"tokens": [17]}),
+        _ => return None,
+    })
+}
+
+/// Lists the models wherever a request names one, and gives each route an example, so that programs
+/// that read the document can ask.
 fn name_models(document: &mut utoipa::openapi::OpenApi, models: &[&str]) {
     let schemas = document.components.iter_mut().flat_map(|components| &mut components.schemas);
     let mut schemas: HashMap<&str, &mut RefOr<Schema>> =
         schemas.map(|(name, schema)| (name.as_str(), schema)).collect();
-    for item in document.paths.paths.values_mut() {
+    for (path, item) in &mut document.paths.paths {
         for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
             for parameter in operation.parameters.iter_mut().flatten() {
                 let RefOr::T(parameter) = parameter else { continue };
@@ -135,9 +155,13 @@ fn name_models(document: &mut utoipa::openapi::OpenApi, models: &[&str]) {
                     parameter.schema.iter_mut().for_each(|schema| list_values(schema, models));
                 }
             }
-            let Some(RefOr::T(body)) = &operation.request_body else { continue };
-            for body in body.content.values() {
+            let Some(RefOr::T(body)) = &mut operation.request_body else { continue };
+            for body in body.content.values_mut() {
                 let RefOr::T(body) = body else { continue };
+                body.example = example(path).map(|mut example| {
+                    example["model"] = models.first().copied().into();
+                    example
+                });
                 let Some(RefOr::Ref(body)) = &body.schema else { continue };
                 let name = body.ref_location.rsplit('/').next().unwrap_or_default();
                 let Some(RefOr::T(Schema::Object(body))) = schemas.get_mut(name) else { continue };
@@ -171,8 +195,6 @@ pub(crate) async fn openapi_json(State(state): State<AppState>) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -193,6 +215,8 @@ mod tests {
             let body = &schemas[body.rsplit('/').next().unwrap()];
             let values = &body["properties"]["model"]["enum"];
             assert!(values == &json!(["a", "b"]) || values == &json!(["a", "b", null]), "{path}");
+            let example = &item["post"]["requestBody"]["content"]["application/json"]["example"];
+            assert_eq!(example["model"], "a", "{path}");
             n_requests += 1;
         }
         assert_eq!(n_requests, 13);
