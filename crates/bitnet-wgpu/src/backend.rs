@@ -273,7 +273,11 @@ impl Backend for WgpuBackend {
     fn device(&self) -> DeviceInfo {
         let gpu = self.gpu();
         let mut kernel = format!("{:?} dot4I8Packed", gpu.info.backend).to_lowercase();
-        for (has, what) in [(gpu.subgroups, " subgroups"), (gpu.half_precision, " f16")] {
+        for (has, what) in [
+            (gpu.subgroups, " subgroups"),
+            (gpu.half_precision, " f16"),
+            (gpu.in_place, " in place"),
+        ] {
             if has {
                 kernel.push_str(what);
             }

@@ -26,6 +26,9 @@ pub struct Options {
     pub subgroups: bool,
     /// Read half-precision weights natively, where the device can.
     pub half_precision: bool,
+    /// Let the host reach what kernels read, where both have one memory: weights are written and
+    /// logits read in place.
+    pub in_place: bool,
     /// Bytes one binding may have, if less than the device allows: weights above it are split.
     pub max_binding_bytes: u64,
 }
@@ -33,7 +36,7 @@ pub struct Options {
 impl Default for Options {
     /// All the device has.
     fn default() -> Self {
-        Self { subgroups: true, half_precision: true, max_binding_bytes: u64::MAX }
+        Self { subgroups: true, half_precision: true, in_place: true, max_binding_bytes: u64::MAX }
     }
 }
 
@@ -58,14 +61,18 @@ fn describe(adapter: &Adapter) -> FoundDevice {
         true => info.driver.clone(),
         false => format!("{} {}", info.driver, info.driver_info),
     };
-    let unified = matches!(info.device_type, DeviceType::IntegratedGpu | DeviceType::Cpu);
     FoundDevice {
         driver: Some(format!("{:?}, {}", info.backend, version.trim())),
         memory_bytes: memory_size::of(adapter),
-        unified_memory: unified,
+        unified_memory: is_unified(&info),
         accelerates: info.device_type != DeviceType::Cpu,
         hardware: info.name,
     }
+}
+
+/// Whether its memory is the CPU's.
+fn is_unified(info: &wgpu::AdapterInfo) -> bool {
+    matches!(info.device_type, DeviceType::IntegratedGpu | DeviceType::Cpu)
 }
 
 fn best_adapter() -> Result<Adapter> {
@@ -123,6 +130,8 @@ pub(crate) struct Gpu {
     pub(crate) info: wgpu::AdapterInfo,
     pub(crate) subgroups: bool,
     pub(crate) half_precision: bool,
+    /// Whether the host reaches every buffer.
+    pub(crate) in_place: bool,
     /// Bytes one binding of weights may have.
     pub(crate) max_binding_bytes: u64,
     max_buffer_bytes: u64,
@@ -145,9 +154,12 @@ impl Gpu {
     /// Opens the best adapter.
     pub(crate) fn open(options: Options) -> Result<Self> {
         let adapter = best_adapter()?;
+        let info = adapter.get_info();
         let optional = [
             (options.subgroups, Features::SUBGROUP),
             (options.half_precision, Features::SHADER_F16),
+            // On other devices such buffers would lie in the CPU's memory, far from the kernels.
+            (options.in_place && is_unified(&info), Features::MAPPABLE_PRIMARY_BUFFERS),
         ];
         let available = adapter.features();
         let mut features = Features::IMMEDIATES;
@@ -180,10 +192,11 @@ impl Gpu {
         Ok(Self {
             subgroups: features.contains(Features::SUBGROUP),
             half_precision: features.contains(Features::SHADER_F16),
+            in_place: features.contains(Features::MAPPABLE_PRIMARY_BUFFERS),
             max_binding_bytes: options.max_binding_bytes.min(max_buffer_bytes),
             max_buffer_bytes,
             memory_bytes: memory_size::of(&adapter),
-            info: adapter.get_info(),
+            info,
             device,
             queue,
             compiled: Mutex::default(),

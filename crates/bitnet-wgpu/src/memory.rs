@@ -16,6 +16,9 @@ use crate::device::{Gpu, GpuBuffer, NAME, failed};
 /// Lengths are multiples of this: four numbers.
 const ALIGNMENT: u64 = 16;
 
+/// What kernels may do with a buffer.
+const DEVICE: Usage = Usage::STORAGE.union(Usage::COPY_SRC).union(Usage::COPY_DST);
+
 /// Memory of a device.
 pub struct WgpuMemory(Arc<Gpu>);
 
@@ -36,8 +39,9 @@ pub(crate) fn manager(gpu: Arc<Gpu>) -> Manager {
 
 /// A region that holds `data`.
 pub(crate) fn filled(pool: &Pool, data: &[u8], pattern: AccessPattern) -> Result<Region> {
-    let region = pool.take((data.len() as u64).max(ALIGNMENT), pattern)?;
-    pool.memory().0.write(region.buffer(), 0, data);
+    let mut region = pool.take((data.len() as u64).max(ALIGNMENT), pattern)?;
+    let buffer = region.buffer_mut().ok_or_else(|| failed("a new region has several owners"))?;
+    pool.memory().write(buffer, 0, data)?;
     Ok(region)
 }
 
@@ -86,8 +90,7 @@ impl DeviceMemory for WgpuMemory {
 
     fn properties(&self) -> MemoryProperties {
         MemoryProperties {
-            // Even where it is, wgpu does not let the host reach a buffer that kernels use.
-            unified: false,
+            unified: self.0.in_place,
             suballocates: false,
             alignment: ALIGNMENT,
             max_buffer_bytes: self.0.max_buffer_bytes(),
@@ -97,7 +100,8 @@ impl DeviceMemory for WgpuMemory {
 
     fn allocate(&self, bytes: u64, kind: BufferKind) -> Result<GpuBuffer> {
         let usage = match kind {
-            BufferKind::Device => Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST,
+            BufferKind::Device if self.0.in_place => DEVICE | Usage::MAP_READ | Usage::MAP_WRITE,
+            BufferKind::Device => DEVICE,
             BufferKind::Upload => Usage::MAP_WRITE | Usage::COPY_SRC,
             BufferKind::Readback => Usage::MAP_READ | Usage::COPY_DST,
         };
@@ -110,13 +114,15 @@ impl DeviceMemory for WgpuMemory {
             self.0.write(to, offset, bytes);
             return self.0.check();
         }
-        // Words are mapped; what pads the last one is nobody's.
+        // Pairs of words are mapped; what is around the bytes stays as it is.
+        let start = offset / wgpu::MAP_ALIGNMENT * wgpu::MAP_ALIGNMENT;
         let end = (offset + bytes.len() as u64).next_multiple_of(4);
-        self.map(to, MapMode::Write, offset..end)?;
+        self.map(to, MapMode::Write, start..end)?;
         {
-            let view = to.raw.get_mapped_range_mut(offset..end);
+            let view = to.raw.get_mapped_range_mut(start..end);
             let mut view = view.map_err(|e| failed(format!("a buffer cannot be written: {e}")))?;
-            view.slice(..bytes.len()).copy_from_slice(bytes);
+            let before = (offset - start) as usize;
+            view.slice(before..before + bytes.len()).copy_from_slice(bytes);
         }
         to.raw.unmap();
         Ok(())

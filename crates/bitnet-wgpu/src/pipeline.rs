@@ -246,7 +246,42 @@ mod tests {
         kernels
     }
 
-    /// Every kernel in every form is valid WGSL that asks for nothing the device may lack.
+    /// Translates a shader as wgpu does for Vulkan, Metal and Direct3D 12, there in the dialect of
+    /// Microsoft's compiler and, where it has all the shader asks for, of the older one.
+    fn translate(
+        module: &naga::Module,
+        info: &naga::valid::ModuleInfo,
+        abilities: Abilities,
+    ) -> std::result::Result<(), String> {
+        use naga::back::{hlsl, msl, spv};
+        let options = spv::Options { lang_version: (1, 3), ..Default::default() };
+        spv::write_vec(module, info, &options, None).map_err(|e| format!("SPIR-V: {e}"))?;
+        let options = msl::Options { lang_version: (2, 4), ..Default::default() };
+        let (_, names) = msl::write_string(module, info, &options, &Default::default())
+            .map_err(|e| format!("MSL: {e}"))?;
+        for name in names.entry_point_names {
+            name.map_err(|e| format!("MSL: {e}"))?;
+        }
+        let mut dialects = vec![hlsl::ShaderModel::V6_4];
+        if !abilities.subgroups && !abilities.half_precision {
+            dialects.push(hlsl::ShaderModel::V5_1);
+        }
+        for shader_model in dialects {
+            let immediates_target = Some(hlsl::BindTarget::default());
+            let options = hlsl::Options { shader_model, immediates_target, ..Default::default() };
+            let mut text = String::new();
+            let names = hlsl::Writer::new(&mut text, &options, &Default::default())
+                .write(module, info, None)
+                .map_err(|e| format!("HLSL: {e}"))?;
+            for name in names.entry_point_names {
+                name.map_err(|e| format!("HLSL: {e}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every kernel in every form is valid WGSL that asks for nothing the device may lack, and can be
+    /// said in the languages of all devices.
     #[test]
     fn every_shader_is_valid() {
         use naga::valid::{Capabilities, ValidationFlags, Validator};
@@ -266,9 +301,11 @@ mod tests {
                 validator
                     .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
                     .subgroup_operations(naga::valid::SubgroupOperationSet::all());
-                validator
+                let info = validator
                     .validate(&module)
                     .unwrap_or_else(|e| panic!("{kernel:?}: {}", e.emit_to_string(&source)));
+                translate(&module, &info, abilities)
+                    .unwrap_or_else(|e| panic!("{kernel:?}, {abilities:?}: {e}"));
                 let [entry] = &*module.entry_points else { panic!("{kernel:?}: one entry point") };
                 let lanes: u32 = entry.workgroup_size.iter().product();
                 assert!(lanes <= 256, "{kernel:?}: {lanes} lanes are more than every device has");

@@ -226,19 +226,25 @@ impl Recorder {
         if bytes == 0 {
             return self.finish();
         }
-        let staging = self.memory.pool().take(bytes, AccessPattern::Readback)?;
-        self.pass = None;
-        let gpu = &self.gpu;
-        let encoder = self
-            .encoder
-            .get_or_insert_with(|| gpu.device.create_command_encoder(&Default::default()));
-        let to = &staging.buffer().raw;
-        encoder.copy_buffer_to_buffer(&buffer.raw, 0, to, staging.offset(), bytes);
-        self.submit()?;
         let start = out.len();
         out.resize(start + bytes as usize, 0);
-        let memory = self.memory.pool().memory();
-        memory.read(staging.buffer(), staging.offset(), &mut out[start..])?;
+        let pool = self.memory.pool();
+        if pool.memory().properties().unified {
+            self.submit()?;
+            self.memory.pool().memory().read(buffer, 0, &mut out[start..])?;
+        } else {
+            let staging = pool.take(bytes, AccessPattern::Readback)?;
+            self.pass = None;
+            let gpu = &self.gpu;
+            let encoder = self
+                .encoder
+                .get_or_insert_with(|| gpu.device.create_command_encoder(&Default::default()));
+            let to = &staging.buffer().raw;
+            encoder.copy_buffer_to_buffer(&buffer.raw, 0, to, staging.offset(), bytes);
+            self.submit()?;
+            let memory = self.memory.pool().memory();
+            memory.read(staging.buffer(), staging.offset(), &mut out[start..])?;
+        }
         self.traffic.downloaded.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }

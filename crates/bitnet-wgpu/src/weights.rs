@@ -22,7 +22,8 @@ pub(crate) struct Part {
 }
 
 /// Uploads `rows` rows of `words` words each; `pack(row, words)` fills one, zeroed before. While the
-/// device copies some rows, the host packs the next; two staging buffers take turns.
+/// device copies some rows, the host packs the next; two staging buffers take turns. With unified
+/// memory rows are written in place.
 pub(crate) fn upload(
     memory: &Manager,
     what: &str,
