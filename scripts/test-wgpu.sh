@@ -26,7 +26,7 @@ device_tests -q --test devices --no-run # builds the program
 found=$("${CARGO_TARGET_DIR:-target}/debug/bitnet" devices | grep '^wgpu ')
 case "$found" in *"not here: "*)
     [ "${BITNET_REQUIRE_WGPU:-}" = 1 ] && { echo "$found" >&2; exit 1; }
-    skip "there is a Vulkan driver, but $found" ;;
+    skip "there is a Vulkan driver, but ${found#*not here: }" ;;
 esac
 # From here on a device that is missing is a failure.
 export BITNET_REQUIRE_WGPU=1

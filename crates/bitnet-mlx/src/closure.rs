@@ -85,10 +85,8 @@ impl Closure {
             let _evaluation = mlx.evaluation();
             let mode = if self.fuse { COMPILE_ENABLED } else { COMPILE_NO_FUSE };
             // SAFETY: the mode is one of the library's.
-            mlx.check(
-                unsafe { (mlx.functions.mlx_set_compile_mode)(mode) },
-                "mlx_set_compile_mode",
-            )?;
+            let status = unsafe { (mlx.functions.mlx_set_compile_mode)(mode) };
+            mlx.check(status, "mlx_set_compile_mode")?;
             // SAFETY: closure and list are live; the null handle is what the function fills in.
             unsafe { (mlx.functions.mlx_closure_apply)(&raw mut results, self.raw, args.0) }
         };
