@@ -93,12 +93,13 @@ impl AppState {
             self.metrics().rejected(error.code.unwrap_or("other"));
             error
         };
-        let key_slot = caller.tenant.admit().map_err(refuse)?;
+        // The server's first: who sends no key should not be told of a key's limit.
         let slot = self.0.slots.clone().try_acquire_owned().map_err(|_| {
             let message = "the server has as many requests in work as it may";
             let error = ApiError::new(StatusCode::TOO_MANY_REQUESTS, message);
             refuse(error.code("server_busy").retry_after(1))
         })?;
+        let key_slot = caller.tenant.admit().map_err(refuse)?;
         self.metrics().in_flight(1.0);
         let in_work = self.lifecycle().enter();
         Ok(Admission { state: self.clone(), _slots: [key_slot, slot], _in_work: in_work })

@@ -196,7 +196,7 @@ async fn models_that_come_and_go_answer_every_request() {
         "model": "builtin", "prompt": "Once", "stream": false, "keep_alive": 0,
         "options": {"num_predict": 2, "temperature": 0},
     });
-    let requests = (0..heavy(40, 1000)).map(|i| match i % 4 {
+    let requests = (0..heavy(40, 400)).map(|i| match i % 4 {
         3 => server.post("/v1/completions", completion(json!({"stream": true}))),
         _ => server.post("/api/generate", generate.clone()),
     });
