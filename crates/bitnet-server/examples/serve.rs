@@ -14,13 +14,14 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let engine = InferenceEngine::balanced().await?;
     let state = AppState::new(engine, config)?;
     let listener = bitnet_server::bind(state.config()).await?;
+    let stopped = bitnet_server::drain_on_signal(state.lifecycle().clone())?;
     if let Some(address) = listener.local_addr() {
         println!("listening on http://{address}");
     }
     let app = bitnet_server::router(state.clone());
     tokio::select! {
         served = bitnet_server::serve(listener, app, state.clone()) => served?,
-        signals = bitnet_server::drain_on_signal(state.lifecycle().clone()) => signals?,
+        () = stopped => {}
     }
     Ok(())
 }

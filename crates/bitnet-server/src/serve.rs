@@ -235,18 +235,19 @@ where
     }
 }
 
-/// Drains on the first signal to stop (SIGTERM, SIGINT) and returns on the second, whereupon the
-/// program should exit without waiting any longer.
+/// Listens for signals to stop (SIGTERM, SIGINT) from now on. The future drains on the first and ends
+/// with the second, whereupon the program should exit without waiting any longer.
 ///
 /// # Errors
 /// Signals cannot be listened for.
-pub async fn drain_on_signal(lifecycle: Lifecycle) -> io::Result<()> {
+pub fn drain_on_signal(lifecycle: Lifecycle) -> io::Result<impl Future<Output = ()>> {
     let mut signals = StopSignals::new()?;
-    signals.next().await;
-    tracing::info!("stopping: no new requests are taken; a second signal exits at once");
-    lifecycle.advance(Phase::Draining);
-    signals.next().await;
-    Ok(())
+    Ok(async move {
+        signals.next().await;
+        tracing::info!("stopping: no new requests are taken; a second signal exits at once");
+        lifecycle.advance(Phase::Draining);
+        signals.next().await;
+    })
 }
 
 #[cfg(unix)]

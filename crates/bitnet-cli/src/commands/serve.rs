@@ -221,6 +221,9 @@ async fn serve(
     if let Some(path) = preload {
         engine.load_model(&path).await?;
     }
+    // Before the log says that it listens: who reads that may send a signal at once.
+    let stopped = bitnet_server::drain_on_signal(state.lifecycle().clone());
+    let stopped = stopped.context("cannot listen for signals")?;
     match (listener.local_addr(), &state.config().listen) {
         (Some(address), _) => tracing::info!("listening on {}://{address}", scheme(&state)),
         (None, listen) => tracing::info!("listening on {listen:?}"),
@@ -231,10 +234,7 @@ async fn serve(
             served.context("the listener failed")?;
             Ok(Outcome::Done)
         }
-        signals = bitnet_server::drain_on_signal(state.lifecycle().clone()) => {
-            signals.context("cannot listen for signals")?;
-            Ok(Outcome::Interrupted)
-        }
+        () = stopped => Ok(Outcome::Interrupted),
     }
 }
 
