@@ -11,20 +11,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-target=aarch64-apple-darwin
-
 skip() {
     echo "SKIPPED: the code for macOS was not checked: $1" >&2
     [ "${BITNET_REQUIRE_MACOS:-}" = 1 ] && exit 1
     exit 0
 }
 
-arguments=(clippy -p bitnet-metal -p bitnet-inference --lib --target "$target")
-lints=(-- -D warnings)
-
-if [ -d "$(rustc --print sysroot)/lib/rustlib/$target" ]; then
-    exec cargo "${arguments[@]}" "${lints[@]}"
-fi
 . scripts/std-source.sh
-std_source "$target"
-exec cargo +nightly "${arguments[@]}" -Zbuild-std=std,panic_unwind "${lints[@]}"
+cross_clippy aarch64-apple-darwin -p bitnet-metal -p bitnet-inference

@@ -25,3 +25,16 @@ std_source() {
     __CARGO_TESTS_ONLY_SRC_ROOT=$(realpath "$source")
     export __CARGO_TESTS_ONLY_SRC_ROOT
 }
+
+# Lints libraries for a target, with its installed standard library or one built from source.
+cross_clippy() {
+    local target=$1
+    shift
+    local arguments=(clippy --lib --target "$target" "$@")
+    if [ -d "$(rustc --print sysroot)/lib/rustlib/$target" ]; then
+        cargo "${arguments[@]}" -- -D warnings
+        return
+    fi
+    std_source "$target"
+    cargo +nightly "${arguments[@]}" -Zbuild-std=std,panic_unwind -- -D warnings
+}

@@ -150,7 +150,7 @@ impl Mlx {
         device_error(format!("{what}: {message}"))
     }
 
-    /// To be held while graphs are evaluated or compiled.
+    /// To be held while graphs are evaluated or compiled, and while streams come and go.
     pub(crate) fn evaluation(&self) -> MutexGuard<'_, ()> {
         self.evaluation.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -193,6 +193,9 @@ impl Device {
     }
 
     fn with_stream(mut self) -> Result<Self> {
+        // MLX keeps these streams in a table for all threads that it does not lock, and looks each
+        // up while it evaluates.
+        let _alone = self.mlx.evaluation();
         // SAFETY: the device exists and is available.
         self.stream = unsafe { (self.mlx.functions.mlx_stream_new_thread_unsafe)(self.raw) };
         match self.stream.0.is_null() {
@@ -246,6 +249,7 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let f = &self.mlx.functions;
+        let _alone = self.mlx.evaluation();
         // SAFETY: both were made by this library and are freed once; what was asked of the stream
         // is done before it goes.
         unsafe {
