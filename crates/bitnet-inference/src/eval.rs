@@ -274,10 +274,10 @@ mod tests {
         assert_eq!((found.nats_per_token(), found.tokens), (2.0, 2));
         assert!((found.perplexity() - 2f64.exp()).abs() < 1e-12);
         // Variance of (1, 3) is 1, of their mean 1.
+        assert!((found.perplexity_error().unwrap() - 2f64.exp()).abs() < 1e-12);
+        assert!((found.bits_per_byte() - 4.0 / std::f64::consts::LN_2 / 8.0).abs() < 1e-12);
         let mut one = Evaluation::default();
         one.add(&[-1.0], 3);
         assert_eq!((one.nats_per_token(), one.perplexity_error()), (1.0, None));
-        assert!((found.perplexity_error().unwrap() - 2f64.exp()).abs() < 1e-12);
-        assert!((found.bits_per_byte() - 4.0 / std::f64::consts::LN_2 / 8.0).abs() < 1e-12);
     }
 }
