@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 /// Bytes collected before the system is asked to write.
@@ -28,12 +28,19 @@ impl NewFile {
         let Some(name) = path.file_name().filter(|_| !path.is_dir()) else {
             return Err(Error::malformed("output", "the name of a file", path.display()));
         };
-        let mut hidden = OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.part", std::process::id()));
-        let temporary = path.with_file_name(hidden);
-        let file = OpenOptions::new().write(true).create_new(true).open(&temporary);
-        let file = file.map_err(|e| Error::io(path, "create", e))?;
+        // In a container every process has the same number, so that one which was killed may have
+        // left a file of this name: the next number is free.
+        let mut number = 0_u64;
+        let (temporary, file) = loop {
+            let mut hidden = OsString::from(".");
+            hidden.push(name);
+            hidden.push(format!(".{}-{number}.part", std::process::id()));
+            let temporary = path.with_file_name(hidden);
+            match OpenOptions::new().write(true).create_new(true).open(&temporary) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
+                file => break (temporary, file.map_err(|e| Error::io(path, "create", e))?),
+            }
+        };
         let file = Some(BufWriter::with_capacity(BUFFER, file));
         Ok(Self { temporary, path: path.to_owned(), file })
     }
@@ -106,5 +113,16 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"");
         assert_eq!(names(), 1);
         assert!(NewFile::create(folder.path(), true).is_err(), "a folder is no file");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_behind_is_in_nobodys_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new");
+        std::mem::forget(NewFile::create(&path, false).unwrap());
+        let mut file = NewFile::create(&path, false).unwrap();
+        file.write(b"abc").unwrap();
+        file.commit().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"abc");
     }
 }
