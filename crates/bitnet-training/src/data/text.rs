@@ -140,13 +140,17 @@ impl DocumentReader {
                 }
                 continue;
             }
-            let cut = self.pending.len() >= LONGEST_PIECE
-                || self.pending.len() >= PIECE && is_seam(&self.pending, line);
+            let cut = match self.pending.len() {
+                LONGEST_PIECE.. => Some(self.pending.len()),
+                PIECE.. => seam(&self.pending, line),
+                _ => None,
+            };
             let line = line.to_owned();
             self.text_bytes += line.len() as u64;
-            if cut {
+            let rest = cut.map(|cut| self.pending.split_off(cut) + &line);
+            if let Some(rest) = rest {
                 self.in_document = true;
-                let text = std::mem::replace(&mut self.pending, line);
+                let text = std::mem::replace(&mut self.pending, rest);
                 return Ok(Some(Item::Text { text, ends: false }));
             }
             self.pending.push_str(&line);
@@ -237,13 +241,19 @@ impl Iterator for DocumentReader {
     }
 }
 
-/// Whether a text may be cut here without any word of a tokenizer being cut: between two lines that
-/// both have something on them.
-fn is_seam(before: &str, after: &str) -> bool {
-    let mut last = before.chars().rev();
-    last.next() == Some('\n')
-        && last.next().is_some_and(|c| !c.is_whitespace())
-        && after.chars().next().is_some_and(|c| !c.is_whitespace())
+/// Where a text may be cut near the border of two lines without any word of a tokenizer being cut:
+/// between lines that both have something on them. A break of two bytes is one word to some
+/// tokenizers, two to others, and belongs to the punctuation before it to others yet; so the cut is
+/// before it, and only behind a letter or a digit.
+fn seam(before: &str, after: &str) -> Option<usize> {
+    let goes_on = after.chars().next().is_some_and(|c| !c.is_whitespace());
+    let ends = |line: &str, good: fn(char) -> bool| line.chars().next_back().is_some_and(good);
+    let cut = match (before.strip_suffix("\r\n"), before.strip_suffix('\n')) {
+        (Some(line), _) if ends(line, char::is_alphanumeric) => line.len(),
+        (None, Some(line)) if ends(line, |c| !c.is_whitespace()) => before.len(),
+        _ => return None,
+    };
+    goes_on.then_some(cut)
 }
 
 /// The whole text of a plain file, `.xz` or not, for evaluation; without the lines that are `separator`.

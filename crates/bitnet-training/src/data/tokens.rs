@@ -28,8 +28,10 @@ use crate::error::{Error, Result};
 const MAGIC: &[u8; 8] = b"BNTOKEN1";
 /// Marks a token the model sees and need not predict: what a user said.
 const UNCOUNTED: u32 = 1 << 31;
-/// Pieces of text tokenized together: a few MiB.
+/// Pieces of text tokenized together.
 const PIECES: usize = 64;
+/// Pieces are also tokenized once they have this many bytes together: lines of JSON may be long.
+const PIECE_BYTES: u64 = 4 << 20;
 /// A template may merge this many tokens at the border of two messages; more is another text.
 const SEAM: usize = 8;
 
@@ -317,7 +319,7 @@ fn build(
         let mut reader = DocumentReader::open(source, separator)?;
         let mut starts = true;
         loop {
-            let items: Vec<Item> = reader.by_ref().take(PIECES).collect::<Result<_>>()?;
+            let items = next_pieces(&mut reader, PIECE_BYTES)?;
             if items.is_empty() {
                 break;
             }
@@ -358,6 +360,18 @@ fn build(
     }
     file.commit()?;
     Ok(info)
+}
+
+/// The next pieces of a file: [`PIECES`], or fewer with `enough` bytes.
+fn next_pieces(reader: &mut DocumentReader, enough: u64) -> Result<Vec<Item>> {
+    let (begun, mut items) = (reader.seen_bytes(), Vec::new());
+    while items.len() < PIECES && reader.seen_bytes() - begun < enough {
+        match reader.next().transpose()? {
+            Some(item) => items.push(item),
+            None => break,
+        }
+    }
+    Ok(items)
 }
 
 #[cfg(test)]
@@ -416,14 +430,38 @@ mod tests {
                 format!("\"Line {i},\" he said.  And so\ton it went.{}", ["\n", "\n\n"][i % 2])
             })
             .collect();
-        std::fs::write(&source, &book).unwrap();
         let encoder = encoder();
-        let tokens =
-            Tokens::open_or_build(&[source], None, &encoder, folder.path(), &mut |_| true).unwrap();
         assert!(book.len() > 5 * (64 << 10));
-        // The last line break of a document is not part of it.
-        let text = book.strip_suffix('\n').unwrap();
-        assert_eq!(all(&tokens).0, encoder.document(text).unwrap());
+        // Between lines that end with a letter, other systems' line breaks are a good place too.
+        let windows: String = (0..12_000)
+            .map(|i| format!("\"Line {i},\" he said\r\n{}", ["and so it went.\r\n", ""][i % 2]))
+            .collect();
+        for book in [book, windows] {
+            std::fs::write(&source, &book).unwrap();
+            let mut reader = DocumentReader::open(&source, None).unwrap();
+            assert!(next_pieces(&mut reader, u64::MAX).unwrap().len() > 4);
+            let sources = std::slice::from_ref(&source);
+            let tokens =
+                Tokens::open_or_build(sources, None, &encoder, folder.path(), &mut |_| true)
+                    .unwrap();
+            // The last line break of a document is not part of it.
+            let text = book.strip_suffix('\n').unwrap();
+            let text = text.strip_suffix('\r').unwrap_or(text);
+            assert!(all(&tokens).0 == encoder.document(text).unwrap());
+        }
+    }
+
+    #[test]
+    fn few_long_pieces_are_held_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("long.jsonl");
+        let line = format!("{{\"text\": \"{}\"}}\n", "word ".repeat(200));
+        std::fs::write(&source, line.repeat(100)).unwrap();
+        let mut reader = DocumentReader::open(&source, None).unwrap();
+        assert_eq!(next_pieces(&mut reader, 2500).unwrap().len(), 3);
+        assert_eq!(next_pieces(&mut reader, u64::MAX).unwrap().len(), PIECES);
+        assert_eq!(next_pieces(&mut reader, u64::MAX).unwrap().len(), 100 - PIECES - 3);
+        assert!(next_pieces(&mut reader, u64::MAX).unwrap().is_empty());
     }
 
     #[test]
