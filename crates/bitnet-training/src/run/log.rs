@@ -1,8 +1,9 @@
 //! The log of a run: a CSV file with a row for each step, and a file of JSON lines with everything.
 //!
-//! A run that goes on from a checkpoint takes back what was logged after it, so that a log never
-//! holds a step twice.
+//! A run that goes on from a checkpoint takes back what was logged after it, and lines cut by a crash,
+//! so that a log never holds a step twice.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ pub(super) struct Log {
     folder: PathBuf,
     csv: BufWriter<File>,
     json: BufWriter<File>,
+    /// Lines of the JSON log about the step the run goes on from.
+    known: HashSet<String>,
 }
 
 /// A line of the JSON log.
@@ -41,18 +44,26 @@ impl Log {
     pub(super) fn open(folder: &Path, step: u64) -> Result<Self> {
         let (csv, json) = (folder.join(CSV), folder.join(JSON));
         keep(&csv, |line| {
-            line == COLUMNS || line.split(',').next().and_then(|s| s.parse().ok()) <= Some(step)
+            let cells: Vec<&str> = line.split(',').collect();
+            let whole = cells.len() == COLUMNS.split(',').count();
+            line == COLUMNS || whole && cells[0].parse::<u64>().is_ok_and(|at| at <= step)
         })?;
+        let mut known = HashSet::new();
         keep(&json, |line| {
             let value: Option<Value> = serde_json::from_str(line).ok();
-            value.is_some_and(|value| value["step"].as_u64().is_some_and(|at| at <= step))
+            let at = value.and_then(|value| value["step"].as_u64());
+            if at == Some(step) {
+                known.insert(line.to_owned());
+            }
+            at.is_some_and(|at| at <= step)
         })?;
         let append = |path: &Path| {
             let file = OpenOptions::new().create(true).append(true).open(path);
             file.map(BufWriter::new).map_err(|error| Error::io(path, "open", error))
         };
         let new = fs::metadata(&csv).map_or(true, |metadata| metadata.len() == 0);
-        let mut log = Self { folder: folder.to_owned(), csv: append(&csv)?, json: append(&json)? };
+        let (csv, json) = (append(&csv)?, append(&json)?);
+        let mut log = Self { folder: folder.to_owned(), csv, json, known };
         if new {
             log.csv_line(COLUMNS)?;
         }
@@ -93,12 +104,16 @@ impl Log {
     fn json_line(&mut self, entry: &Entry<'_>) -> Result<()> {
         let failed = |error| Error::io(self.folder.join(JSON), "write", error);
         let text = serde_json::to_string(entry).map_err(Error::json)?;
+        // A run that had ended, and goes on to end once more, looks at the same model again.
+        if self.known.contains(&text) {
+            return Ok(());
+        }
         writeln!(self.json, "{text}").map_err(failed)
     }
 }
 
 /// Rewrites a file with those of its lines that `wanted` likes.
-fn keep(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
+fn keep(path: &Path, mut wanted: impl FnMut(&str) -> bool) -> Result<()> {
     let file = match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         file => file.map_err(|error| Error::io(path, "open", error))?,
@@ -176,5 +191,36 @@ mod tests {
         let rows = rows(folder.path()).unwrap();
         assert_eq!(rows[1], Row { tokens: 200.0, loss: 4.8, bits_per_byte: Some(1.5) });
         assert_eq!(rows.len(), 4);
+    }
+
+    #[test]
+    fn lines_cut_by_a_crash_are_no_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = Log::open(folder.path(), 0).unwrap();
+        log.step(&line(1), None).unwrap();
+        log.flush().unwrap();
+        let path = folder.path().join(CSV);
+        let whole = fs::read_to_string(&path).unwrap();
+        let cut = whole.lines().nth(1).unwrap();
+        let cut = &cut[..cut.len() - 9]; // in its last cells
+        fs::write(&path, format!("{whole}nonsense\n{cut}")).unwrap();
+        let mut log = Log::open(folder.path(), 1).unwrap();
+        log.step(&line(2), None).unwrap();
+        log.flush().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 3);
+        assert_eq!(rows(folder.path()).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_is_seen_again_is_logged_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let sample = |text: &str| Sampled { step: 2, prompt: "The".into(), text: text.into() };
+        for texts in [&["fox", "hen"][..], &["fox", "owl"]] {
+            let mut log = Log::open(folder.path(), 2).unwrap();
+            texts.iter().for_each(|text| log.sample(&sample(text)).unwrap());
+            log.flush().unwrap();
+        }
+        let json = fs::read_to_string(folder.path().join(JSON)).unwrap();
+        assert_eq!(json.lines().count(), 3, "{json}");
     }
 }
