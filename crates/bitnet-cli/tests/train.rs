@@ -81,6 +81,76 @@ fn a_float_teacher_and_its_ternary_student() {
     assert!(stdout(&["inspect", &format!("{student}/model")]).contains("bitnet"));
 }
 
+/// What a log says of each step, without times.
+fn steps(out: &str) -> Vec<String> {
+    let csv = std::fs::read_to_string(Path::new(out).join("log.csv")).unwrap();
+    let row = |row: &str| {
+        let cells: Vec<&str> = row.split(',').collect();
+        [&cells[..2], &cells[3..7]].concat().join(" ")
+    };
+    csv.lines().map(row).collect()
+}
+
+#[test]
+fn resuming_changes_nothing_that_is_not_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let corpus = corpus(folder.path());
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (corpus, teacher) = (corpus.to_str().unwrap(), path("teacher"));
+    let mut args = vec!["train", corpus, "--out", &teacher, "--float", "--family", "llama"];
+    args.extend(["--steps", "2"]);
+    args.extend(SMALL);
+    stdout(&args);
+
+    let line = "{\"messages\": [{\"role\": \"user\", \"content\": \"Where is the hen?\"}, \
+        {\"role\": \"assistant\", \"content\": \"No hen answered.\"}]}\n";
+    let chats = path("chats.jsonl");
+    std::fs::write(&chats, line.repeat(100)).unwrap();
+    let stages = path("stages.toml");
+    let model = format!("{teacher}/model");
+    std::fs::write(
+        &stages,
+        "train = { window = 32, rows = 2, rate = 2e-3, schedule = 'cosine', accumulate = 2 }\n\
+         model = { hidden_size = 64, intermediate_size = 64, num_hidden_layers = 1, vocab_size = 300 }\n\
+         stage = [{ until = 0.6, mix = [{ files = ['tales.txt'] }] },\n\
+         { mix = [{ files = ['chats.jsonl'], weight = 2.0 }, { files = ['tales.txt'] }] }]\n",
+    )
+    .unwrap();
+    let parts =
+        "--rate 5e-3 --logits 0.5 --temperature 3 --attention 0.25 --layer 0 --no-sub-norms";
+    for (name, begin, go_on) in [
+        (
+            "tuned",
+            vec!["finetune", &model, corpus, "--rate", "1e-2", "--window", "32"],
+            vec!["finetune", &model],
+        ),
+        ("chat", vec!["finetune", &model, &chats, "--window", "32"], vec!["train"]),
+        (
+            "taught",
+            [
+                &["distill", &model, corpus, "--window", "32"][..],
+                &parts.split(' ').collect::<Vec<_>>(),
+            ]
+            .concat(),
+            vec!["distill", &model],
+        ),
+        ("staged", vec!["train", "--config", &stages], vec!["train"]),
+    ] {
+        let out = path(name);
+        let common = ["--steps", "6", "--save-every", "3", "--threads", "1", "--out", &out];
+        stdout(&[&begin[..], &common].concat());
+        let whole = steps(&out);
+        assert_eq!(whole.len(), 7);
+        std::fs::remove_dir_all(Path::new(&out).join("checkpoints/step-00000006")).unwrap();
+        stdout(&[&go_on[..], &["--resume", "--out", &out]].concat());
+        assert_eq!(steps(&out), whole, "{name}");
+    }
+    let recipe = std::fs::read_to_string(path("taught/recipe.toml")).unwrap();
+    stdout(&["distill", &model, "--resume", "--out", &path("taught"), "--attention", "2"]);
+    let changed = std::fs::read_to_string(path("taught/recipe.toml")).unwrap();
+    assert_eq!(changed, recipe.replace("attention = 0.25", "attention = 2.0"));
+}
+
 #[cfg(unix)]
 #[test]
 fn ctrl_c_saves_and_the_run_goes_on() {

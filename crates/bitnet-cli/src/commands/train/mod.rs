@@ -146,7 +146,9 @@ pub(crate) fn train(args: TrainArgs, term: &Term) -> anyhow::Result<Outcome> {
 /// Trains on from a model, with a rate that keeps what it knows.
 pub(crate) fn finetune(args: FinetuneArgs, term: &Term) -> anyhow::Result<Outcome> {
     let mut recipe = args.run.begin(None)?;
-    recipe.train.rate = FINETUNE_RATE;
+    if !args.run.resume {
+        recipe.train.rate = FINETUNE_RATE;
+    }
     args.data.apply(&mut recipe);
     recipe.from = Some(args.from);
     args.run.apply(&mut recipe)?;
@@ -156,19 +158,35 @@ pub(crate) fn finetune(args: FinetuneArgs, term: &Term) -> anyhow::Result<Outcom
 /// Makes a ternary student of a float teacher.
 pub(crate) fn distill(args: DistillArgs, term: &Term) -> anyhow::Result<Outcome> {
     let mut recipe = args.run.begin(None)?;
-    recipe.train.rate = DISTILL_RATE;
+    if !args.run.resume {
+        recipe.train.rate = DISTILL_RATE;
+    }
     args.data.apply(&mut recipe);
-    let mut distill = DistillRecipe::new(args.teacher);
-    let parts = args.parts;
-    distill.sub_norms = !parts.no_sub_norms;
-    distill.token = parts.token.unwrap_or(distill.token);
-    distill.logits = parts.logits.unwrap_or(distill.logits);
-    distill.temperature = parts.temperature.unwrap_or(distill.temperature);
-    distill.attention = parts.attention.unwrap_or(distill.attention);
-    distill.layer = parts.layer;
+    let begun = recipe.distill.take();
+    let mut distill = match begun {
+        Some(begun) => DistillRecipe { teacher: args.teacher, ..begun },
+        None => DistillRecipe::new(args.teacher),
+    };
+    args.parts.apply(&mut distill);
     recipe.distill = Some(distill);
     args.run.apply(&mut recipe)?;
     go(&recipe, &args.run, term)
+}
+
+impl PartsArgs {
+    /// Changes what is given.
+    fn apply(&self, distill: &mut DistillRecipe) {
+        distill.sub_norms &= !self.no_sub_norms;
+        for (part, given) in [
+            (&mut distill.token, self.token),
+            (&mut distill.logits, self.logits),
+            (&mut distill.temperature, self.temperature),
+            (&mut distill.attention, self.attention),
+        ] {
+            *part = given.unwrap_or(*part);
+        }
+        distill.layer = self.layer.or(distill.layer);
+    }
 }
 
 fn go(recipe: &Recipe, args: &RunArgs, term: &Term) -> anyhow::Result<Outcome> {
