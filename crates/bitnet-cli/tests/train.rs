@@ -149,6 +149,8 @@ fn resuming_changes_nothing_that_is_not_asked_for() {
     stdout(&["distill", &model, "--resume", "--out", &path("taught"), "--attention", "2"]);
     let changed = std::fs::read_to_string(path("taught/recipe.toml")).unwrap();
     assert_eq!(changed, recipe.replace("attention = 0.25", "attention = 2.0"));
+    let (code, stderr) = failure(&["train", "--resume", "--out", &path("tuned"), "--layers", "2"]);
+    assert!(code == 2 && stderr.contains("no flags of a new model's shape"), "{stderr}");
 }
 
 #[cfg(unix)]
@@ -199,6 +201,16 @@ fn what_is_wrong_is_said() {
         (&["train", "--config", recipe, "--out", &out], 2, "unknown field `stops`"),
         (&["train", "--out", &out, "--resume"], 2, "holds no run"),
         (&["train", corpus, "--out", &out, "--steps", "1", "--export", "exe"], 1, "target exe"),
+        (
+            &["train", corpus, "--out", &out, "--steps", "1", "--float", "--export", "i2_s"],
+            2,
+            "export: expected hf or masters for float weights",
+        ),
+        (
+            &["train", corpus, "--out", &out, "--steps", "1", "--from", "builtin", "--layers", "2"],
+            2,
+            "model.num_hidden_layers: expected nothing beside a model to go on from",
+        ),
         (&["tokenizer", "train", corpus, "--out", &out, "--vocab-size", "9"], 2, "vocab_size"),
         (&["finetune", "/nowhere", corpus, "--out", &out, "--steps", "1"], 1, "/nowhere"),
     ] {

@@ -326,6 +326,17 @@ pub enum Form {
     Packed(Target),
 }
 
+impl Form {
+    /// Its name in the run's folder.
+    pub fn place(self) -> String {
+        match self {
+            Self::Masters => MASTERS.into(),
+            Self::Packed(Target::Folder(_)) => "model".into(),
+            Self::Packed(target) => format!("model-{target}.gguf"),
+        }
+    }
+}
+
 /// How long a run is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Length {
@@ -404,20 +415,62 @@ impl Recipe {
             return Err(Error::setting("samples.temperature", "0 to 10", self.samples.temperature));
         }
         range("samples.tokens", self.samples.tokens.into(), 1, 1 << 16)?;
-        self.targets()?;
+        if self.eval.text.is_some() {
+            range("eval.bytes", self.eval.bytes as u64, 1, u64::MAX)?;
+        }
+        self.check_forms()?;
+        if self.train.float && self.distill.is_some() {
+            let expected = "false, as the student of a distillation is ternary";
+            return Err(Error::setting("train.float", expected, true));
+        }
         if self.stage.is_empty() {
             return Err(Error::setting("stage", "at least one, with data", "none"));
         }
         for path in self.files() {
             std::fs::File::open(path).map_err(|error| Error::io(path, "open", error))?;
         }
-        if let (Some(from), Some(_)) = (&self.from, &self.model.preset) {
-            let got = format!("both, from = {}", from.display());
-            return Err(Error::setting("model.preset", "a preset or a model to go on from", got));
-        }
         if let Some(tokenizer) = &self.tokenizer {
             let file = tokenizer.join("tokenizer.json");
             std::fs::File::open(&file).map_err(|error| Error::io(&file, "open", error))?;
+        }
+        Ok(())
+    }
+
+    /// Checks what only a run that begins can have wrong: a shape where a model brings its own.
+    ///
+    /// # Errors
+    /// The first number of a shape that would have no effect.
+    pub fn check_new(&self) -> Result<()> {
+        let origin = match (&self.from, &self.distill) {
+            (Some(_), _) => "a model to go on from",
+            (None, Some(_)) => "a teacher",
+            (None, None) => return Ok(()),
+        };
+        let shape = toml::Table::try_from(&self.model)
+            .map_err(|error| Error::input("model", "what TOML can hold", error))?;
+        match shape.iter().next() {
+            Some((name, value)) => {
+                let expected = format!("nothing beside {origin}, whose shape the new model has");
+                Err(Error::setting(format!("model.{name}"), expected, value))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that every form can be made of such a model, and that none takes another's place.
+    fn check_forms(&self) -> Result<()> {
+        let mut places: Vec<(String, &String)> = Vec::new();
+        for (form, name) in self.targets()?.into_iter().zip(&self.export) {
+            if self.train.float && matches!(form, Form::Packed(Target::Gguf(_))) {
+                let expected = "hf or masters for float weights, which no ternary packing holds";
+                return Err(Error::setting("export", expected, name));
+            }
+            let place = form.place();
+            if let Some((_, other)) = places.iter().find(|(known, _)| *known == place) {
+                let got = format!("{other} and {name}, both {place}");
+                return Err(Error::setting("export", "forms with places of their own", got));
+            }
+            places.push((place, name));
         }
         Ok(())
     }
@@ -595,11 +648,29 @@ mod tests {
             (("steps = 10", "steps = 10\ntrain.schedule = 'steps'"), "unknown variant `steps`"),
             (("seed = 3", "export = ['gguf']"), "target gguf is not supported"),
             (("seed = 3", "tokenizer = 'nowhere'"), "tokenizer.json: cannot open"),
-            (("seed = 3", "from = 'builtin'"), "model.preset: expected a preset or a model"),
+            (("seed = 3", "from = 'builtin'"), "model.preset: expected nothing beside a model to"),
+            (
+                ("model.preset = '3m'", "from = 'builtin'\nmodel.hidden_size = 64"),
+                "model.hidden_size: expected nothing beside a model to go on from, whose",
+            ),
+            (
+                ("seed = 3", "distill.teacher = 'there'"),
+                "model.preset: expected nothing beside a te",
+            ),
+            (
+                ("model.preset = '3m'", "distill.teacher = 'there'\ntrain.float = true"),
+                "train.float: expected false",
+            ),
+            (
+                ("seed = 3", "export = ['hf', 'i2_s']\ntrain.float = true"),
+                "export: expected hf or masters for float weights, which no ternary packing holds, got i2_s",
+            ),
+            (("seed = 3", "export = ['hf', 'hf-divide']"), "got hf and hf-divide, both model"),
+            (("seed = 3", "eval = { text = 'tales.txt', bytes = 0 }"), "eval.bytes: expected 1 to"),
             (("[[stage]]\nmix = [{ files = ['tales.txt'] }]", ""), "stage: expected at least one"),
         ] {
             let (_folder, recipe) = write(&GOOD.replace(change.0, change.1));
-            let checked = recipe.and_then(|recipe| recipe.check());
+            let checked = recipe.and_then(|recipe| recipe.check().and(recipe.check_new()));
             let error = checked.expect_err(change.1).to_string();
             assert!(error.contains(expected), "{error:?} should say {expected:?}");
         }

@@ -21,7 +21,7 @@ mod probe;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use bitnet_quant::convert::{NewFile, Target};
+use bitnet_quant::convert::NewFile;
 use serde::Serialize;
 
 use crate::batch::Batch;
@@ -330,11 +330,7 @@ impl Run {
         let name = prepare::name(&self.recipe, &self.folder);
         let checkpoint = export::checkpoint(model, &name, &self.text_folder())?;
         for form in self.recipe.targets()? {
-            let path = match form {
-                Form::Masters => self.folder.join("masters"),
-                Form::Packed(Target::Folder(_)) => self.folder.join("model"),
-                Form::Packed(target) => self.folder.join(format!("model-{target}.gguf")),
-            };
+            let path = self.folder.join(form.place());
             match form {
                 Form::Masters => export::write_masters(model, &self.text_folder(), &path)?,
                 Form::Packed(target) => {

@@ -55,6 +55,9 @@ impl Run {
             }
             _ => {}
         }
+        if saved.is_none() {
+            recipe.check_new()?;
+        }
         let from = recipe.from.as_deref().map(source::open).transpose()?;
         let teacher = match &recipe.distill {
             Some(distill) => {

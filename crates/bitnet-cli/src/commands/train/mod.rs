@@ -134,10 +134,10 @@ const FINETUNE_RATE: f64 = 3e-4;
 pub(crate) fn train(args: TrainArgs, term: &Term) -> anyhow::Result<Outcome> {
     let mut recipe = args.run.begin(args.config.as_deref())?;
     args.data.apply(&mut recipe);
-    args.model.apply(&mut recipe);
     if args.from.is_some() {
         recipe.from = args.from;
     }
+    args.model.apply(&mut recipe, args.run.resume)?;
     recipe.train.float |= args.float;
     args.run.apply(&mut recipe)?;
     go(&recipe, &args.run, term)

@@ -26,7 +26,7 @@ pub(super) struct DataArgs {
 
 /// A new model's shape.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Model")]
+#[command(next_help_heading = "New model (not with --from)")]
 pub(super) struct ModelArgs {
     /// A sensible size, by ternary weights [default: 3m]
     #[arg(long, value_name = "NAME")]
@@ -71,7 +71,7 @@ pub(super) struct RunArgs {
     /// Folder of the run
     #[arg(short, long, value_name = "DIR")]
     pub(super) out: PathBuf,
-    /// Go on from the newest checkpoint of that folder
+    /// Go on from the newest checkpoint of that folder; what is not given stays as it was
     #[arg(long)]
     pub(super) resume: bool,
     /// How long, in optimizer steps
@@ -119,8 +119,8 @@ pub(super) struct RunArgs {
     /// Checkpoints to keep [default: 2]
     #[arg(long, value_name = "N")]
     keep: Option<usize>,
-    /// Form of the result: hf, i2_s, tq1_0, tq2_0, …, or masters; may be given several times
-    /// [default: hf]
+    /// Form of the result: hf, i2_s, tq1_0, tq2_0, …, or masters; may be given several times; float
+    /// models: hf or masters [default: hf]
     #[arg(long, value_name = "FORM")]
     export: Vec<String>,
     /// What the model is called on its card [default: the folder's name]
@@ -214,12 +214,16 @@ impl DataArgs {
 
 impl ModelArgs {
     /// Changes what is given.
-    pub(super) fn apply(&self, recipe: &mut Recipe) {
+    ///
+    /// # Errors
+    /// A shape for a run that goes on with a model that has one.
+    pub(super) fn apply(&self, recipe: &mut Recipe, resume: bool) -> anyhow::Result<()> {
         fn set<T: Clone>(field: &mut Option<T>, given: &Option<T>) {
             if given.is_some() {
                 field.clone_from(given);
             }
         }
+        let before = recipe.model.clone();
         let model = &mut recipe.model;
         set(&mut model.preset, &self.preset);
         set(&mut model.vocab_size, &self.vocab_size);
@@ -235,5 +239,13 @@ impl ModelArgs {
                 FamilyArg::Llama => Family::Llama,
             });
         }
+        // Of a run that begins, the library says so.
+        if resume && *model != before && (recipe.from.is_some() || recipe.distill.is_some()) {
+            return Err(Usage::error(
+                "--resume: expected no flags of a new model's shape: this run's model has that of the \
+                 model it began as",
+            ));
+        }
+        Ok(())
     }
 }
