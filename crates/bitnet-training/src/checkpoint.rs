@@ -8,7 +8,7 @@
 //! A checkpoint is written beside its place and renamed when it is whole; so what has the name of one
 //! can be used. Only the newest are kept.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -43,6 +43,9 @@ pub struct Position {
     pub data: MixtureState,
     /// The recipe's seed and data, to notice when a run is continued with others.
     pub recipe: String,
+    /// Model, tokenizer and data by name, for the same purpose; older checkpoints have none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub made_of: BTreeMap<String, String>,
 }
 
 /// Writes a checkpoint into `folder` and removes all but the newest `keep`.

@@ -14,6 +14,7 @@
 
 mod card;
 mod log;
+mod made_of;
 mod plot;
 mod prepare;
 mod probe;

@@ -4,7 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use bitnet_inference::{EngineConfig, InferenceEngine, InferenceInput, KvType};
-use bitnet_training::recipe::{CorpusRecipe, DistillRecipe, Recipe, StageRecipe};
+use bitnet_quant::text::TextAssets;
+use bitnet_training::Error;
+use bitnet_training::data::Encoder;
+use bitnet_training::recipe::{CorpusRecipe, DistillRecipe, Family, Recipe, StageRecipe};
 use bitnet_training::run::{Event, Place, Report, run};
 
 /// Tales with words and order enough to learn something from: about 40 KB.
@@ -169,6 +172,73 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
 }
 
 #[test]
+fn a_run_goes_on_as_what_it_began_as() {
+    let folder = tempfile::tempdir().unwrap();
+    let tales = tales(folder.path());
+    let files = [folder.path().join("a/tales.txt"), folder.path().join("b/tales.txt")];
+    for (file, text) in
+        files.iter().zip([std::fs::read_to_string(&tales).unwrap(), "Other. ".repeat(999)])
+    {
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, text).unwrap();
+    }
+    let mut recipe = recipe(&files[..1], 2);
+    recipe.export = vec!["masters".into()];
+    go(&recipe, &place(folder.path(), "run", false), u64::MAX);
+    let other = folder.path().join("other");
+    let options = bitnet_training::tokenizer::TokenizerOptions::new(290);
+    bitnet_training::tokenizer::train_tokenizer(&files, &options, &other, false, &mut |_| true)
+        .unwrap();
+
+    recipe.train.steps = Some(3);
+    let again = |recipe: &Recipe| {
+        run(recipe, &place(folder.path(), "run", true), &mut |_| true).map(|report| report.steps)
+    };
+    type Change<'a> = Box<dyn Fn(&mut Recipe) + 'a>;
+    let changes: Vec<(&str, Change<'_>)> = vec![
+        (
+            "expected corpus 1: tales.txt = ",
+            Box::new(|r| r.stage[0].mix[0].files = vec![files[1].clone()]),
+        ),
+        (
+            "expected weights = ternary, as the run began, got float",
+            Box::new(|r| r.train.float = true),
+        ),
+        ("expected hidden_act = relu2, as", Box::new(|r| r.model.hidden_act = Some("silu".into()))),
+        ("expected rope_theta = 10000.0, as", Box::new(|r| r.model.rope_theta = Some(5e4))),
+        (
+            "expected num_attention_heads = 4, as the run began, got 8", // with tensors of the same shapes
+            Box::new(|r| {
+                r.model.num_attention_heads = Some(8);
+                r.model.num_key_value_heads = Some(4);
+            }),
+        ),
+        ("expected family = bitnet", Box::new(|r| r.model.family = Some(Family::Llama))),
+        ("expected separator = <|endoftext|>", Box::new(|r| r.separator = Some("---".into()))),
+        (
+            "tokenizer: expected the one the run began",
+            Box::new(|r| r.tokenizer = Some(other.clone())),
+        ),
+    ];
+    for (expected, change) in changes {
+        let mut recipe = recipe.clone();
+        change(&mut recipe);
+        let error = again(&recipe).expect_err(expected).to_string();
+        assert!(error.contains(expected), "{error:?} should say {expected:?}");
+    }
+    // The same data from another place are the same data; older checkpoints say less of them.
+    recipe.stage[0].mix[0].files = vec![tales];
+    assert_eq!(again(&recipe).unwrap(), 3);
+    let state = folder.path().join("run/checkpoints/step-00000003/state.json");
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    assert!(json.as_object_mut().unwrap().remove("made_of").is_some());
+    std::fs::write(&state, json.to_string()).unwrap();
+    recipe.train.steps = Some(4);
+    assert_eq!(again(&recipe).unwrap(), 4);
+}
+
+#[test]
 fn a_model_goes_on_from_its_trits_and_learns_answers() {
     let folder = tempfile::tempdir().unwrap();
     let chats = folder.path().join("chats.jsonl");
@@ -210,7 +280,7 @@ fn a_float_model_teaches_a_ternary_one() {
     let files = [tales(folder.path())];
     let mut teacher = recipe(&files, 60);
     teacher.train.float = true;
-    teacher.model.family = Some(bitnet_training::recipe::Family::Llama);
+    teacher.model.family = Some(Family::Llama);
     teacher.model.num_hidden_layers = Some(2);
     teacher.export = vec!["hf".into()];
     let place_of_teacher = place(folder.path(), "teacher", false);
@@ -282,7 +352,13 @@ fn what_is_wrong_is_said_before_the_first_step() {
                 r.export = vec!["tq2_0".into()];
             }),
         ),
-        ("nowhere", Box::new(|r| r.from = Some("nowhere".into()))),
+        (
+            "nowhere",
+            Box::new(|r| {
+                r.model = Default::default();
+                r.from = Some("nowhere".into());
+            }),
+        ),
     ];
     // One tokenizer for all, so that vocabularies can disagree with it.
     let tokenizer = folder.path().join("tokenizer");

@@ -75,6 +75,11 @@ impl Encoder {
         &self.tokenizer
     }
 
+    /// Tells tokenizers and chat templates apart.
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
     /// Tokens of a text alone, with the token that ends it.
     pub fn document(&self, text: &str) -> Result<Vec<u32>> {
         self.text(text, true, true)

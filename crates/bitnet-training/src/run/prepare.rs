@@ -1,5 +1,6 @@
 //! Everything before the first step: folder, tokenizer, tokens, model, and whether they fit.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use bitnet_inference::source;
@@ -9,10 +10,11 @@ use bitnet_quant::convert::{self, TEXT_FILES};
 use bitnet_quant::text::TextAssets;
 
 use super::log::Log;
+use super::made_of;
 use super::{Event, LONGEST_EVAL, Place, Run, Start, write_file};
 use crate::checkpoint::{self, Position};
 use crate::data::{
-    Corpus, Encoder, Mixture, MixtureState, Share, Stage, Tokens, Windows, open_text,
+    Corpus, Encoder, Mixture, Share, Stage, Tokens, Windows, open_text,
 };
 use crate::error::{Error, Result};
 use crate::export;
@@ -94,19 +96,20 @@ impl Run {
         }
         let options = recipe.options();
         let identity = recipe.identity();
+        let made_of = made_of::names(made_of::Parts {
+            config: &config,
+            precision,
+            encoder: &encoder,
+            separator: recipe.separator(),
+            corpora: mixture.corpora(),
+            teacher: teacher.as_ref().map(|(_, model, _)| model),
+        });
         let (trainer, position) = match &saved {
             Some(saved) => {
+                goes_on(recipe, saved, &identity, &made_of, &encoder)?;
                 let (trainer, position) = checkpoint::load(saved, config, precision, options)?;
-                if position.recipe != identity {
-                    let what = saved.display().to_string();
-                    return Err(Error::input(
-                        what,
-                        format!("a run with {identity}"),
-                        position.recipe,
-                    ));
-                }
                 mixture.restore(position.data.clone())?;
-                (trainer, position)
+                (trainer, Position { made_of, ..position })
             }
             None => {
                 let model = match (&from, student) {
@@ -115,7 +118,9 @@ impl Run {
                     (None, None) => Model::new(config, precision, recipe.seed)?,
                 };
                 let data = mixture.state().clone();
-                (Trainer::new(model, options)?, start(identity, data))
+                let (step, tokens, seconds) = (0, 0, 0.0);
+                let position = Position { step, tokens, seconds, data, recipe: identity, made_of };
+                (Trainer::new(model, options)?, position)
             }
         };
         for form in recipe.targets()? {
@@ -157,8 +162,30 @@ impl Run {
     }
 }
 
-fn start(recipe: String, data: MixtureState) -> Position {
-    Position { step: 0, tokens: 0, seconds: 0.0, data, recipe }
+/// Whether a run may go on from the checkpoint `saved`.
+fn goes_on(
+    recipe: &Recipe,
+    saved: &Path,
+    identity: &str,
+    made_of: &BTreeMap<String, String>,
+    encoder: &Encoder,
+) -> Result<()> {
+    let (what, was) = (saved.display().to_string(), checkpoint::position(saved)?);
+    if was.recipe != identity {
+        return Err(Error::input(what, format!("a run with {identity}"), was.recipe));
+    }
+    made_of::compare(&what, &was.made_of, made_of)?;
+    // The run has its own copy, so that another one would be asked for in vain.
+    if let Some(tokenizer) = &recipe.tokenizer
+        && !was.made_of.is_empty()
+    {
+        let asked = Encoder::new(&TextAssets::from_folder(tokenizer)?)?;
+        if asked.fingerprint() != encoder.fingerprint() {
+            let expected = "the one the run began with";
+            return Err(Error::setting("tokenizer", expected, tokenizer.display()));
+        }
+    }
+    Ok(())
 }
 
 /// Fills the folder with the tokenizer: the one asked for, the model's, or a new one.
