@@ -163,6 +163,15 @@ pub fn convert(
     write(&Source::new(checkpoint), options, out.as_ref(), progress)
 }
 
+/// Whether [`convert`] can write `checkpoint` in this form, as far as can be told without writing; to
+/// be asked before long work whose result it will be.
+///
+/// # Errors
+/// A checkpoint that the target cannot hold, damaged settings.
+pub fn check(checkpoint: &Checkpoint, options: ConvertOptions) -> Result<()> {
+    check_source(&Source::new(checkpoint), options)
+}
+
 /// Writes only what `checkpoint` says about text into the folder `out`: tokenizer, chat template,
 /// special tokens, as `convert` to a folder does.
 ///
@@ -193,6 +202,14 @@ pub(crate) fn write(
     match options.target {
         Target::Folder(scale_use) => folder::write(source, scale_use, options, out, progress),
         Target::Gguf(packing) => gguf_file::write(source, packing, options, out, progress),
+    }
+}
+
+/// What `check` and its twin in `quantize` share.
+pub(crate) fn check_source(source: &Source<'_>, options: ConvertOptions) -> Result<()> {
+    match options.target {
+        Target::Folder(scale_use) => folder::check(source, scale_use, options),
+        Target::Gguf(packing) => gguf_file::check(source, packing, options),
     }
 }
 

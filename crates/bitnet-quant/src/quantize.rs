@@ -41,6 +41,25 @@ pub fn quantize(
     out: impl AsRef<Path>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Report> {
+    through(checkpoint, options, |source| {
+        convert::write(source, options.output, out.as_ref(), progress)
+    })
+}
+
+/// Whether [`quantize`] can write `checkpoint` in this form, as [`convert::check`] tells.
+///
+/// # Errors
+/// As [`quantize`], but for those of writing.
+pub fn check(checkpoint: &Checkpoint, options: &QuantizeOptions) -> Result<()> {
+    through(checkpoint, options, |source| convert::check_source(source, options.output))
+}
+
+/// Does `work` on the checkpoint as the quantizer shows it.
+fn through<T>(
+    checkpoint: &Checkpoint,
+    options: &QuantizeOptions,
+    work: impl FnOnce(&Source<'_>) -> Result<T>,
+) -> Result<T> {
     for entry in &options.keep {
         let one = std::slice::from_ref(entry);
         if !checkpoint.projections().any(|path| hf::lists(one, &path)) {
@@ -54,5 +73,5 @@ pub fn quantize(
         let error = Error::malformed("projections", "float weights to quantize", "none");
         return Err(error.in_file(&checkpoint.parts().place));
     }
-    convert::write(&Source::quantized(checkpoint, &select), options.output, out.as_ref(), progress)
+    work(&Source::quantized(checkpoint, &select))
 }

@@ -6,7 +6,9 @@ mod common;
 use bitnet_core::weights::{ActivationQuant, Matrix};
 use bitnet_quant::checkpoint::{FileFormat, ModelFiles};
 use bitnet_quant::config::RopeScaling;
-use bitnet_quant::convert::{ConvertOptions, Progress, Report, Target, convert, table_format};
+use bitnet_quant::convert::{
+    ConvertOptions, Progress, Report, Target, check, convert, table_format,
+};
 use bitnet_quant::quantize::{QuantizeOptions, quantize};
 use bitnet_quant::text::TokenizerSource;
 use bitnet_quant::{Checkpoint, Error};
@@ -190,6 +192,8 @@ fn tables_take_the_format_asked_for() {
     let error = run(&source, options, &folder.path().join("hf")).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     assert!(!folder.path().join("hf").exists(), "nothing is left of a failed conversion");
+    let told = check(&source, options).unwrap_err();
+    assert_eq!(told.to_string(), error.to_string(), "known without writing");
     assert!("q7_z".parse::<Target>().unwrap_err().to_string().contains("supported: hf, hf-divide"));
 }
 
@@ -199,6 +203,8 @@ fn nothing_is_replaced_without_force() {
     let source = golden("bitnet-tiny/packed_multiply");
     for name in ["hf", "i2_s"] {
         let out = place(&folder, name, target(name));
+        check(&source, target(name)).unwrap();
+        assert!(!out.exists());
         run(&source, target(name), &out).unwrap();
         assert!(matches!(run(&source, target(name), &out), Err(Error::Exists(_))));
         run(&source, ConvertOptions { force: true, ..target(name) }, &out).unwrap();

@@ -11,13 +11,13 @@ use ::safetensors::Dtype;
 use bitnet_quant::checkpoint::{Checkpoint, ModelFiles};
 use bitnet_quant::config::{Architecture, ModelConfig};
 use bitnet_quant::convert::{self, ConvertOptions, NewFile, Progress, Target};
-use bitnet_quant::quantize::{QuantizeOptions, quantize};
+use bitnet_quant::quantize::{self, QuantizeOptions};
 use bitnet_quant::safetensors::{self, Planned};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::model::{Model, ParameterKind, Precision};
+use crate::model::{Model, Precision};
 
 /// What a model's text files say of its special tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -69,20 +69,17 @@ fn files(model: &Model, text: &Path) -> Result<Vec<(String, Bytes)>> {
     Ok(files)
 }
 
-/// Whether `target` can hold the projections of `model`; to be asked before a long run.
+/// Whether [`write`] can make this form of a checkpoint that [`checkpoint()`] made; to be asked before
+/// a long run.
 ///
 /// # Errors
-/// A projection whose columns are not whole blocks of the target's packing.
-pub fn check(model: &Model, target: Target) -> Result<()> {
-    let (Precision::Ternary, Target::Gguf(packing)) = (model.precision(), target) else {
-        return Ok(());
-    };
-    for (parameter, _) in model.named_parameters() {
-        if let (ParameterKind::Projection, [rows, cols]) = (parameter.kind, &parameter.shape[..]) {
-            packing.bytes(&parameter.name, *rows, *cols)?;
-        }
-    }
-    Ok(())
+/// A form that cannot hold the model.
+pub fn check(checkpoint: &Checkpoint, precision: Precision, target: Target) -> Result<()> {
+    let options = options(precision, target)?;
+    Ok(match precision {
+        Precision::Ternary => quantize::check(checkpoint, &QuantizeOptions::new(options))?,
+        Precision::Float => convert::check(checkpoint, options)?,
+    })
 }
 
 /// Writes a checkpoint that [`checkpoint()`] made: a folder or a GGUF file, as `target` demands.
@@ -98,19 +95,26 @@ pub fn write(
     out: &Path,
     force: bool,
 ) -> Result<PathBuf> {
+    let options = ConvertOptions { force, ..options(precision, target)? };
+    let quiet = &mut |_: Progress<'_>| {};
+    match precision {
+        Precision::Ternary => {
+            quantize::quantize(checkpoint, &QuantizeOptions::new(options), out, quiet)?
+        }
+        Precision::Float => convert::convert(checkpoint, options, out, quiet)?,
+    };
+    Ok(out.to_owned())
+}
+
+/// How a form is written.
+fn options(precision: Precision, target: Target) -> Result<ConvertOptions> {
     let tables = match (precision, target) {
         (Precision::Float, _) => None,
         (Precision::Ternary, Target::Folder(_)) => Some("bf16"),
         (Precision::Ternary, Target::Gguf(_)) => Some("f16"),
     };
     let tables = tables.map(convert::table_format).transpose()?;
-    let options = ConvertOptions { tables, force, ..ConvertOptions::new(target) };
-    let quiet = &mut |_: Progress<'_>| {};
-    match precision {
-        Precision::Ternary => quantize(checkpoint, &QuantizeOptions::new(options), out, quiet)?,
-        Precision::Float => convert::convert(checkpoint, options, out, quiet)?,
-    };
-    Ok(out.to_owned())
+    Ok(ConvertOptions { tables, ..ConvertOptions::new(target) })
 }
 
 /// `model.safetensors` with the masters in float32.

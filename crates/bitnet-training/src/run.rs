@@ -257,8 +257,9 @@ impl Run {
     }
 
     fn probe(&self) -> Result<Probe> {
-        let threads = self.trainer.options().threads;
-        Probe::new(self.trainer.model(), &self.text_folder(), self.position.step, threads)
+        let (threads, window) = (self.trainer.options().threads, self.recipe.train.window);
+        let (model, text) = (self.trainer.model(), self.text_folder());
+        Probe::new(model, &text, self.position.step, window, threads)
     }
 
     fn text_folder(&self) -> PathBuf {
@@ -273,11 +274,7 @@ impl Run {
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<Option<Measured>> {
         let Some(text) = &self.eval_text else { return Ok(None) };
-        let mut end = bytes.min(text.len());
-        while !text.is_char_boundary(end) {
-            end -= 1;
-        }
-        probe.measure(&text[..end], self.recipe.train.window, go_on).map(Some)
+        probe.measure(beginning(text, bytes), self.recipe.train.window, &mut |_| go_on()).map(Some)
     }
 
     /// Continues every prompt; the samples, and whether to go on.
@@ -368,6 +365,15 @@ impl Run {
         }
         Ok(())
     }
+}
+
+/// The first `bytes` of a text, or a few less: no character is cut.
+fn beginning(text: &str, bytes: usize) -> &str {
+    let mut end = bytes.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 /// Writes a file that appears whole or not at all.

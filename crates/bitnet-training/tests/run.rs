@@ -322,6 +322,12 @@ fn what_is_wrong_is_said_before_the_first_step() {
     };
     let (binary, short) = (write("binary.txt", b"a\xff"), write("short.txt", b"word"));
     let broken = write("broken.jsonl", b"{\"text\": 5}");
+    let empty = write("empty.txt", b"");
+    let turn = |role: &str| format!("{{\"role\": \"{role}\", \"content\": \"Hm, hm.\"}}");
+    let turns = ["user", "assistant", "user"].map(turn).join(", ");
+    let silent =
+        write("silent.jsonl", format!("{{\"messages\": [{turns}]}}\n").repeat(50).as_bytes());
+    let deaf = folder.path().join("deaf"); // a template that leaves answers out
     type Spoil<'a> = Box<dyn Fn(&mut Recipe) + 'a>;
     let file = |path: &PathBuf| {
         let path = path.clone();
@@ -359,6 +365,36 @@ fn what_is_wrong_is_said_before_the_first_step() {
                 r.from = Some("nowhere".into());
             }),
         ),
+        ("empty.txt: expected text to measure on", Box::new(|r| r.eval.text = Some(empty.clone()))),
+        (
+            "text: expected at least 3 tokens",
+            Box::new(|r| {
+                r.eval.text = Some(short.clone());
+                r.eval.bytes = 1;
+            }),
+        ),
+        ("samples.prompts: expected", Box::new(|r| r.samples.prompts = vec![String::new()])),
+        (
+            "got \"word word word word word word word word \"…: ",
+            Box::new(|r| r.samples.prompts = vec!["word ".repeat(2000)]),
+        ),
+        (
+            "GGUF has no llama with relu²",
+            Box::new(|r| {
+                r.model.family = Some(Family::Llama);
+                r.model.hidden_act = Some("relu2".into());
+                r.export = vec!["i2_s".into()];
+            }),
+        ),
+        (
+            "silent.jsonl: expected something to predict: text, or answers of an assistant, got none",
+            Box::new(|r| {
+                r.tokenizer = Some(deaf.clone());
+                r.stage[0].until = 0.5;
+                let mix = vec![CorpusRecipe { files: vec![silent.clone()], weight: 1.0 }];
+                r.stage.push(StageRecipe { until: 1.0, mix });
+            }),
+        ),
     ];
     // One tokenizer for all, so that vocabularies can disagree with it.
     let tokenizer = folder.path().join("tokenizer");
@@ -366,6 +402,12 @@ fn what_is_wrong_is_said_before_the_first_step() {
     let files = good.training_files();
     bitnet_training::tokenizer::train_tokenizer(&files, &options, &tokenizer, false, &mut |_| true)
         .unwrap();
+    std::fs::create_dir(&deaf).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(tokenizer.join(file), deaf.join(file)).unwrap();
+    }
+    let template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}";
+    std::fs::write(deaf.join("chat_template.jinja"), template).unwrap();
     for (i, (expected, spoil)) in spoilt.iter().enumerate() {
         let mut recipe = Recipe { tokenizer: Some(tokenizer.clone()), ..good.clone() };
         spoil(&mut recipe);

@@ -54,6 +54,18 @@ pub(super) fn write(
     result
 }
 
+/// Whether a folder can be written: makes its settings and plans its tensors, and no more.
+pub(super) fn check(
+    source: &Source<'_>,
+    scale_use: ScaleUse,
+    options: ConvertOptions,
+) -> Result<()> {
+    let items = source.items()?;
+    settings::config_json(source, scale_use, &items)?;
+    items.iter().try_for_each(|item| planned(item, options).map(drop))?;
+    text_contents(source).map(drop)
+}
+
 /// Writes the text files alone.
 pub(super) fn write_text(source: &Source<'_>, options: ConvertOptions, out: &Path) -> Result<()> {
     std::fs::create_dir_all(out).map_err(|e| Error::io(out, "create", e))?;
@@ -262,6 +274,17 @@ fn notes(items: &[Item]) -> Option<String> {
 
 /// Copies or makes the files that say something about text; not yet committed.
 fn text_files(source: &Source<'_>, options: ConvertOptions, out: &Path) -> Result<Vec<NewFile>> {
+    let mut files = Vec::new();
+    for (name, bytes) in text_contents(source)? {
+        let mut file = NewFile::create(&out.join(name), options.force)?;
+        file.write(&bytes)?;
+        files.push(file);
+    }
+    Ok(files)
+}
+
+/// Names and bytes of the files that say something about text.
+fn text_contents(source: &Source<'_>) -> Result<Vec<(&'static str, Bytes)>> {
     let mut contents: Vec<(&str, Bytes)> = Vec::new();
     match &source.checkpoint.parts().origin {
         Origin::Folder(files) => {
@@ -283,11 +306,5 @@ fn text_files(source: &Source<'_>, options: ConvertOptions, out: &Path) -> Resul
             contents.push(("generation_config.json", format!("{generation:#}\n").into()));
         }
     }
-    let mut files = Vec::new();
-    for (name, bytes) in contents {
-        let mut file = NewFile::create(&out.join(name), options.force)?;
-        file.write(&bytes)?;
-        files.push(file);
-    }
-    Ok(files)
+    Ok(contents)
 }

@@ -26,13 +26,27 @@ use std::path::Path;
 /// The tensor of rotary divisors.
 const ROPE_FREQS: &str = "rope_freqs.weight";
 
-pub(super) fn write(
-    source: &Source<'_>,
-    packing: Packing,
-    options: ConvertOptions,
-    out: &Path,
-    progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<Report> {
+/// All of a file but the bytes of its tensors.
+struct Plan {
+    items: Vec<Item>,
+    ternary_type: TensorType,
+    order: Option<HeadOrder>,
+    metadata: Metadata,
+    divisors: Option<Vec<f32>>,
+    /// Those of `items`, then of `divisors`, then of `rounded`.
+    specs: Vec<TensorSpec>,
+    rounded: Vec<(TensorSpec, Bytes)>,
+    /// Bytes of all tensors.
+    bytes: u64,
+    notes: Vec<String>,
+}
+
+/// Whether a file can be written: plans it and no more.
+pub(super) fn check(source: &Source<'_>, packing: Packing, options: ConvertOptions) -> Result<()> {
+    plan(source, packing, options).map(drop)
+}
+
+fn plan(source: &Source<'_>, packing: Packing, options: ConvertOptions) -> Result<Plan> {
     let Some(ternary_type) = TensorType::of_packing(packing) else {
         return Err(Error::unsupported(
             "packing in GGUF",
@@ -40,7 +54,6 @@ pub(super) fn write(
             "I2_S, TQ1_0, TQ2_0, Q2_0, TILES",
         ));
     };
-    let mut file = NewFile::create(out, options.force)?;
     let config = source.checkpoint.config();
     let items = source.items()?;
     let order = (config.architecture == Architecture::Llama)
@@ -58,11 +71,24 @@ pub(super) fn write(
     let length = |spec: &TensorSpec| {
         let refuse =
             |error: Error| Error::does_not_fit(&spec.name, spec.tensor_type, error.to_string());
-        spec.n_bytes().map_err(refuse)
+        spec.n_bytes().map(|len| len as u64).map_err(refuse)
     };
-    let lengths: Vec<usize> = specs.iter().map(length).collect::<Result<_>>()?;
-    let mut meter = Meter::new(lengths.iter().map(|&len| len as u64).sum(), progress);
-    meter.report.notes = notes;
+    let bytes = specs.iter().map(length).sum::<Result<u64>>()?;
+    Ok(Plan { items, ternary_type, order, metadata, divisors, specs, rounded, bytes, notes })
+}
+
+pub(super) fn write(
+    source: &Source<'_>,
+    packing: Packing,
+    options: ConvertOptions,
+    out: &Path,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Report> {
+    let mut file = NewFile::create(out, options.force)?;
+    let plan = plan(source, packing, options)?;
+    let Plan { items, ternary_type, order, metadata, divisors, specs, rounded, .. } = plan;
+    let mut meter = Meter::new(plan.bytes, progress);
+    meter.report.notes = plan.notes;
 
     let mut writer = GgufWriter::new(file.writer(), out, &metadata, &specs)?;
     for (spec, item) in specs.iter().zip(&items) {

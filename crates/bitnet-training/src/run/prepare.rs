@@ -11,7 +11,8 @@ use bitnet_quant::text::TextAssets;
 
 use super::log::Log;
 use super::made_of;
-use super::{Event, LONGEST_EVAL, Place, Run, Start, write_file};
+use super::probe::Probe;
+use super::{Event, LONGEST_EVAL, Place, Run, Start, beginning, write_file};
 use crate::checkpoint::{self, Position};
 use crate::data::{
     Corpus, Encoder, Mixture, Share, Stage, Tokens, Windows, open_text,
@@ -19,7 +20,7 @@ use crate::data::{
 use crate::error::{Error, Result};
 use crate::export;
 use crate::model::{Model, ParameterKind, Precision};
-use crate::recipe::{CorpusRecipe, Form, Recipe};
+use crate::recipe::{CorpusRecipe, Form, Recipe, SampleRecipe};
 use crate::teacher::{self, Teacher};
 use crate::tokenizer::{TokenizerOptions, train_tokenizer};
 use crate::trainer::Trainer;
@@ -28,6 +29,11 @@ pub(super) const RECIPE: &str = "recipe.toml";
 pub(super) const TEXT: &str = "text";
 pub(super) const TOKENS: &str = "tokens";
 pub(super) const CHECKPOINTS: &str = "checkpoints";
+
+/// Most of the held-out text that is looked at before the first step, in bytes.
+const REHEARSED_BYTES: usize = 64 << 10;
+/// Characters of a prompt that an error repeats.
+const QUOTED_CHARS: usize = 40;
 
 type Hear<'a> = &'a mut dyn FnMut(Event<'_>) -> bool;
 
@@ -123,11 +129,13 @@ impl Run {
                 (Trainer::new(model, options)?, position)
             }
         };
-        for form in recipe.targets()? {
-            if let Form::Packed(target) = form {
-                export::check(trainer.model(), target)?;
-            }
-        }
+        rehearse(
+            recipe,
+            trainer.model(),
+            &folder.join(TEXT),
+            eval_text.as_deref(),
+            options.threads,
+        )?;
         write_file(&folder.join(RECIPE), recipe.to_toml()?.as_bytes())?;
         let log = Log::open(folder, position.step)?;
         let teacher = match teacher {
@@ -186,6 +194,56 @@ fn goes_on(
         }
     }
     Ok(())
+}
+
+/// Does once, and in little, what is done with the model while it learns and when it has learnt, so
+/// that what cannot be done is known before the first step.
+fn rehearse(
+    recipe: &Recipe,
+    model: &Model,
+    text: &Path,
+    eval_text: Option<&str>,
+    threads: usize,
+) -> Result<()> {
+    let checkpoint = export::checkpoint(model, "training", text)?;
+    for form in recipe.targets()? {
+        if let Form::Packed(target) = form {
+            export::check(&checkpoint, model.precision(), target)?;
+        }
+    }
+    let prompts = &recipe.samples.prompts;
+    if eval_text.is_none() && prompts.is_empty() {
+        return Ok(());
+    }
+    let probe = Probe::open(&checkpoint, 0, recipe.train.window, threads)?;
+    drop(checkpoint);
+    if let Some(eval_text) = eval_text {
+        let bytes = match recipe.eval.every {
+            0 => REHEARSED_BYTES,
+            _ => recipe.eval.bytes.min(REHEARSED_BYTES),
+        };
+        let part = beginning(eval_text, bytes);
+        probe.measure(part, recipe.train.window, &mut |_| false).map_err(|error| {
+            let what = recipe.eval.text.as_deref().unwrap_or(Path::new("eval.text"));
+            let got = format!("an error in its first {} bytes: {error}", part.len());
+            Error::input(what.display().to_string(), "text to measure on", got)
+        })?;
+    }
+    for prompt in prompts {
+        let one = SampleRecipe { tokens: 1, ..recipe.samples.clone() };
+        probe.sample(prompt, &one, recipe.seed).map_err(|error| {
+            let expected = "texts that the model can continue";
+            Error::setting("samples.prompts", expected, format!("{}: {error}", quoted(prompt)))
+        })?;
+    }
+    Ok(())
+}
+
+/// The beginning of a text that may be long, in quotation marks.
+fn quoted(text: &str) -> String {
+    let short: String = text.chars().take(QUOTED_CHARS).collect();
+    let more = if short.len() < text.len() { "…" } else { "" };
+    format!("{short:?}{more}")
 }
 
 /// Fills the folder with the tokenizer: the one asked for, the model's, or a new one.
@@ -289,5 +347,9 @@ fn windows(
         hear(Event::Tokenizing { name: &name, bytes })
     })?;
     let seed = recipe.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index as u64);
+    if tokens.info().counted == 0 {
+        let expected = "something to predict: text, or answers of an assistant";
+        return Err(Error::input(name, expected, "none"));
+    }
     Windows::new(tokens, recipe.train.window, seed)
 }

@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use bitnet_inference::eval::{EvalMode, EvalOptions, evaluate};
+use bitnet_inference::eval::{EvalMode, EvalOptions, Evaluation, evaluate};
 use bitnet_inference::{EngineConfig, GenerationOptions, InferenceEngine, KvType, MemorySize};
 use bitnet_quant::Checkpoint;
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,11 @@ use crate::error::Result;
 use crate::export;
 use crate::model::Model;
 use crate::recipe::SampleRecipe;
+
+/// Memory for keys and values where windows need less: holds any prompt of a small model.
+const LEAST_KV_BYTES: u64 = 256 << 20;
+/// Tokens beside those of a window, as the cache is made of blocks.
+const SPARE_TOKENS: usize = 64;
 
 /// How well held-out text is predicted.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -48,35 +53,55 @@ pub(super) struct Probe {
 }
 
 impl Probe {
-    /// Opens `model` as it is after `step`, with the text files of the folder `text`.
-    pub(super) fn new(model: &Model, text: &Path, step: u64, threads: usize) -> Result<Self> {
-        let checkpoint: Checkpoint = export::checkpoint(model, "training", text)?;
+    /// Opens `model` as it is after `step`, with the text files of the folder `text`, for windows of
+    /// `window` tokens.
+    pub(super) fn new(
+        model: &Model,
+        text: &Path,
+        step: u64,
+        window: usize,
+        threads: usize,
+    ) -> Result<Self> {
+        Self::open(&export::checkpoint(model, "training", text)?, step, window, threads)
+    }
+
+    /// Opens a checkpoint of the model.
+    pub(super) fn open(
+        checkpoint: &Checkpoint,
+        step: u64,
+        window: usize,
+        threads: usize,
+    ) -> Result<Self> {
+        let config = checkpoint.config();
+        // Keys and values in float32: of a window, and more for long prompts where that is little.
+        let token_bytes = config.num_hidden_layers * 2 * config.key_width() * size_of::<f32>();
+        let window_bytes = (window + SPARE_TOKENS).saturating_mul(token_bytes) as u64;
         let engine = InferenceEngine::with_config(EngineConfig {
             threads: Some(threads),
             kv_type: KvType::F32,
-            memory_pool_size: MemorySize::MB(256),
+            memory_pool_size: MemorySize::KB(window_bytes.max(LEAST_KV_BYTES).div_ceil(1 << 10)),
             batch_size: 4,
             device: bitnet_inference::Device::Cpu,
             ..EngineConfig::balanced()
         })?;
-        let model = engine.load_source_blocking("training", &checkpoint)?;
+        let model = engine.load_source_blocking("training", checkpoint)?;
         Ok(Self { engine, model, step })
     }
 
     /// Measures how well it predicts `text`, in windows of `window` tokens of which all but the first
-    /// count. `go_on` may stop early.
+    /// count. `go_on` hears of every window and may stop early; what was measured is then of no use.
     pub(super) fn measure(
         &self,
         text: &str,
         window: usize,
-        go_on: &mut dyn FnMut() -> bool,
+        go_on: &mut dyn FnMut(&Evaluation) -> bool,
     ) -> Result<Measured> {
         let options = EvalOptions {
             window: Some(window.min(self.model.context_length() - 1)),
             mode: EvalMode::Full,
         };
-        let found = evaluate(&self.engine, &self.model, text, &options, &mut |_| {
-            if go_on() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        let found = evaluate(&self.engine, &self.model, text, &options, &mut |found| {
+            if go_on(found) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         Ok(Measured {
             step: self.step,
