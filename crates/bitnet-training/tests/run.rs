@@ -172,6 +172,24 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
 }
 
 #[test]
+fn what_an_early_end_left_behind_is_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut recipe = recipe(&[tales(folder.path())], 1);
+    let place = place(folder.path(), "run", false);
+    let text = place.folder.join("text");
+    let ended = run(&recipe, &place, &mut |event| !matches!(event, Event::Started(_)));
+    assert!(matches!(ended, Err(Error::Stopped)));
+    // Another vocabulary is asked for, and of the old one a file is gone.
+    std::fs::remove_file(text.join("tokenizer_config.json")).unwrap();
+    recipe.model.vocab_size = Some(300);
+    go(&recipe, &place, u64::MAX);
+    let encoder = Encoder::new(&TextAssets::from_folder(&text).unwrap()).unwrap();
+    assert_eq!(encoder.tokenizer().vocab_size(), 300);
+    let model = std::fs::read_to_string(place.folder.join("model/config.json")).unwrap();
+    assert!(model.contains("\"vocab_size\": 300"), "{model}");
+}
+
+#[test]
 fn a_run_goes_on_as_what_it_began_as() {
     let folder = tempfile::tempdir().unwrap();
     let tales = tales(folder.path());

@@ -79,7 +79,7 @@ impl Run {
         let origin = from.as_ref().or(teacher.as_ref().map(|(opened, ..)| opened));
         let read = |path| open_text(path, recipe.separator(), LONGEST_EVAL);
         let eval_text = recipe.eval.text.as_ref().map(read).transpose()?;
-        text_folder(recipe, origin, &folder.join(TEXT), hear)?;
+        text_folder(recipe, origin, &folder.join(TEXT), saved.is_some(), hear)?;
         let encoder = Encoder::new(&TextAssets::from_folder(folder.join(TEXT))?)?;
         let mut config = config(recipe, origin, &name(recipe, folder), &encoder)?;
         let precision = recipe.precision();
@@ -246,32 +246,53 @@ fn quoted(text: &str) -> String {
     format!("{short:?}{more}")
 }
 
-/// Fills the folder with the tokenizer: the one asked for, the model's, or a new one.
+/// Fills the folder with the tokenizer: the one asked for, the model's, or a new one. It appears whole
+/// or not at all, in place of what a run that did not come to its first checkpoint may have left.
 fn text_folder(
     recipe: &Recipe,
     from: Option<&Checkpoint>,
     folder: &Path,
+    goes_on: bool,
     hear: Hear<'_>,
 ) -> Result<()> {
-    if folder.join("tokenizer.json").exists() {
-        return Ok(()); // of the run that goes on, or of one that ended before its first checkpoint
+    if goes_on && folder.join("tokenizer.json").exists() {
+        return Ok(());
     }
-    match (&recipe.tokenizer, from) {
-        (Some(source), _) => copy_text(source, folder),
-        (None, Some(from)) => Ok(convert::write_text(from, folder, true)?),
-        (None, None) => {
-            let options = TokenizerOptions {
-                end_of_text: recipe.separator().to_owned(),
-                ..TokenizerOptions::new(recipe.model.vocab_size()?)
-            };
-            // Counting words runs on several threads; the listener stays on this one.
-            let files = recipe.training_files();
-            let mut stopped = false;
-            hear(Event::TrainingTokenizer(0));
-            let trained = train_tokenizer(&files, &options, folder, true, &mut |_| true)?;
-            stopped |= !hear(Event::TrainingTokenizer(trained.text_bytes));
-            if stopped { Err(Error::Stopped) } else { Ok(()) }
+    let part = folder.with_file_name(format!(".{TEXT}.part"));
+    let remove = |folder: &Path| match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(folder, "remove", error))
         }
+        _ => Ok(()),
+    };
+    remove(&part)?;
+    let made = match (&recipe.tokenizer, from) {
+        (Some(source), _) => copy_text(source, &part),
+        (None, Some(from)) => convert::write_text(from, &part, true).map_err(Error::from),
+        (None, None) => new_tokenizer(recipe, &part, hear),
+    };
+    if let Err(error) = made {
+        // The error that is told is the one that came first.
+        let _ = remove(&part);
+        return Err(error);
+    }
+    remove(folder)?;
+    std::fs::rename(&part, folder).map_err(|error| Error::io(folder, "create", error))
+}
+
+/// Trains a tokenizer on the texts of the run.
+fn new_tokenizer(recipe: &Recipe, folder: &Path, hear: Hear<'_>) -> Result<()> {
+    let options = TokenizerOptions {
+        end_of_text: recipe.separator().to_owned(),
+        ..TokenizerOptions::new(recipe.model.vocab_size()?)
+    };
+    // Counting words runs on several threads; the listener stays on this one.
+    let files = recipe.training_files();
+    hear(Event::TrainingTokenizer(0));
+    let trained = train_tokenizer(&files, &options, folder, true, &mut |_| true)?;
+    match hear(Event::TrainingTokenizer(trained.text_bytes)) {
+        true => Ok(()),
+        false => Err(Error::Stopped),
     }
 }
 
