@@ -33,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::export;
 use crate::recipe::{Form, Length, Recipe};
 use crate::teacher::Teacher;
+use crate::tokenizer::TrainedTokenizer;
 use crate::trainer::Trainer;
 use log::Log;
 use probe::Probe;
@@ -56,8 +57,10 @@ pub struct Place {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// A tokenizer is trained: bytes of text read.
+    /// A tokenizer is trained: bytes of text read. Several times a second.
     TrainingTokenizer(u64),
+    /// A tokenizer was trained.
+    TrainedTokenizer(&'a TrainedTokenizer),
     /// A corpus is tokenized.
     Tokenizing {
         /// Its first file.
@@ -69,6 +72,13 @@ pub enum Event<'a> {
     Started(&'a Start),
     /// A step was done.
     Stepped(&'a Line),
+    /// Held-out text is measured.
+    Measuring {
+        /// Windows that were measured.
+        done: usize,
+        /// Windows of the text.
+        windows: usize,
+    },
     /// Held-out text was measured.
     Measured(&'a Measured),
     /// The model continued a prompt.
@@ -151,16 +161,14 @@ pub fn run(
     let mut run = Run::prepare(recipe, place, hear)?;
     let stopped = run.train(hear)?;
     let mut report = Report {
-        stopped,
+        stopped: false,
         steps: run.position.step,
         tokens: run.position.tokens,
         seconds: run.position.seconds,
         measured: None,
         exported: Vec::new(),
     };
-    if !stopped {
-        run.finish(&mut report, hear)?;
-    }
+    report.stopped = stopped || !run.finish(&mut report, hear)?;
     Ok(report)
 }
 
@@ -192,11 +200,10 @@ impl Run {
             if go_on && (measures || samples) {
                 let probe = self.probe()?;
                 if measures {
-                    measured = self.measure(&probe, self.recipe.eval.bytes, &mut || true)?;
-                    go_on &= measured.iter().all(|found| hear(Event::Measured(found)));
+                    (measured, go_on) = self.measure(&probe, self.recipe.eval.bytes, hear)?;
                 }
-                if samples {
-                    go_on &= self.sample(&probe, hear)?.1;
+                if go_on && samples {
+                    go_on = self.sample(&probe, hear)?.1;
                 }
             }
             self.log.step(&line, measured.as_ref())?;
@@ -266,15 +273,26 @@ impl Run {
         self.folder.join(prepare::TEXT)
     }
 
-    /// Measures the first `bytes` of the held-out text.
+    /// Measures the first `bytes` of the held-out text, if there is one; what was found, and whether to
+    /// go on.
     fn measure(
         &self,
         probe: &Probe,
         bytes: usize,
-        go_on: &mut dyn FnMut() -> bool,
-    ) -> Result<Option<Measured>> {
-        let Some(text) = &self.eval_text else { return Ok(None) };
-        probe.measure(beginning(text, bytes), self.recipe.train.window, &mut |_| go_on()).map(Some)
+        hear: &mut dyn FnMut(Event<'_>) -> bool,
+    ) -> Result<(Option<Measured>, bool)> {
+        let Some(text) = &self.eval_text else { return Ok((None, true)) };
+        let mut go_on = true;
+        let text = beginning(text, bytes);
+        let found = probe.measure(text, self.recipe.train.window, &mut |found| {
+            let (done, windows) = (found.windows_done, found.windows);
+            go_on = hear(Event::Measuring { done, windows });
+            go_on
+        })?;
+        // What was broken off is no measure of the text.
+        let found = go_on.then_some(found);
+        go_on &= found.iter().all(|found| hear(Event::Measured(found)));
+        Ok((found, go_on))
     }
 
     /// Continues every prompt; the samples, and whether to go on.
@@ -283,14 +301,17 @@ impl Run {
         probe: &Probe,
         hear: &mut dyn FnMut(Event<'_>) -> bool,
     ) -> Result<(Vec<Sampled>, bool)> {
-        let (mut found, mut go_on) = (Vec::new(), true);
+        let mut found = Vec::new();
         for prompt in &self.recipe.samples.prompts {
             let sampled = probe.sample(prompt, &self.recipe.samples, self.recipe.seed)?;
             self.log.sample(&sampled)?;
-            go_on &= hear(Event::Sampled(&sampled));
+            let go_on = hear(Event::Sampled(&sampled));
             found.push(sampled);
+            if !go_on {
+                return Ok((found, false));
+            }
         }
-        Ok((found, go_on))
+        Ok((found, true))
     }
 
     fn save(&mut self) -> Result<PathBuf> {
@@ -309,21 +330,25 @@ impl Run {
         }
     }
 
-    /// Measures, samples, and writes the model with its card.
+    /// Measures, samples, and writes the model with its card; `false` if it was stopped before that.
     fn finish(
         &mut self,
         report: &mut Report,
         hear: &mut dyn FnMut(Event<'_>) -> bool,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let probe = self.probe()?;
-        report.measured = self.measure(&probe, usize::MAX, &mut || true)?;
-        if let Some(measured) = &report.measured {
-            hear(Event::Measured(measured));
-        }
-        let (samples, _) = self.sample(&probe, hear)?;
+        let (measured, go_on) = self.measure(&probe, usize::MAX, hear)?;
+        report.measured = measured;
+        let (samples, go_on) = match go_on {
+            true => self.sample(&probe, hear)?,
+            false => (Vec::new(), false),
+        };
         drop(probe);
         self.log.flush()?;
         self.plot()?;
+        if !go_on {
+            return Ok(false);
+        }
         let model = self.trainer.model();
         let name = prepare::name(&self.recipe, &self.folder);
         let checkpoint = export::checkpoint(model, &name, &self.text_folder())?;
@@ -363,7 +388,7 @@ impl Run {
         for path in &report.exported {
             hear(Event::Exported(path));
         }
-        Ok(())
+        Ok(true)
     }
 }
 

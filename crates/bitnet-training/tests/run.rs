@@ -257,6 +257,42 @@ fn a_run_goes_on_as_what_it_began_as() {
 }
 
 #[test]
+fn a_run_can_be_stopped_before_its_first_step_and_after_its_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let tales = tales(folder.path());
+    // Whoever reads it all finds out that its end is no text.
+    let mut long = std::fs::read(&tales).unwrap().repeat(200);
+    long.push(0xff);
+    let path = folder.path().join("long.txt");
+    std::fs::write(&path, long).unwrap();
+    let place_of = |resume| place(folder.path(), "run", resume);
+    let stop = &mut |event: Event<'_>| !matches!(event, Event::TrainingTokenizer(_));
+    let stopped = run(&recipe(&[path], 1), &place_of(false), stop);
+    assert!(matches!(stopped, Err(Error::Stopped)), "{stopped:?}");
+    assert!(!place_of(false).folder.join("text").exists());
+
+    let mut recipe = recipe(std::slice::from_ref(&tales), 2);
+    recipe.eval.text = Some(tales);
+    recipe.samples.prompts = vec!["The fox".into()];
+    recipe.samples.tokens = 4;
+    let mut seen = 0;
+    let mut hear = |event: Event<'_>| {
+        seen += usize::from(matches!(event, Event::Measuring { .. }));
+        seen < 2
+    };
+    let report = run(&recipe, &place_of(false), &mut hear).unwrap();
+    assert_eq!((report.stopped, report.steps, seen), (true, 2, 2));
+    assert!(report.measured.is_none() && report.exported.is_empty());
+    for _ in 0..2 {
+        let (report, losses) = go(&recipe, &place_of(true), u64::MAX);
+        assert!(!report.stopped && report.measured.is_some() && losses.is_empty());
+        assert_eq!(report.exported.len(), 1);
+    }
+    let log = std::fs::read_to_string(place_of(true).folder.join("log.jsonl")).unwrap();
+    assert_eq!(log.matches("\"event\":\"sample\"").count(), 1, "{log}");
+}
+
+#[test]
 fn a_model_goes_on_from_its_trits_and_learns_answers() {
     let folder = tempfile::tempdir().unwrap();
     let chats = folder.path().join("chats.jsonl");

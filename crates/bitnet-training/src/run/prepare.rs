@@ -2,6 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use bitnet_inference::source;
 use bitnet_quant::Checkpoint;
@@ -14,9 +18,7 @@ use super::made_of;
 use super::probe::Probe;
 use super::{Event, LONGEST_EVAL, Place, Run, Start, beginning, write_file};
 use crate::checkpoint::{self, Position};
-use crate::data::{
-    Corpus, Encoder, Mixture, Share, Stage, Tokens, Windows, open_text,
-};
+use crate::data::{Corpus, Encoder, Mixture, Share, Stage, Tokens, Windows, open_text};
 use crate::error::{Error, Result};
 use crate::export;
 use crate::model::{Model, ParameterKind, Precision};
@@ -30,6 +32,8 @@ pub(super) const TEXT: &str = "text";
 pub(super) const TOKENS: &str = "tokens";
 pub(super) const CHECKPOINTS: &str = "checkpoints";
 
+/// Time between two looks at the work of another thread.
+const HEAR_EVERY: Duration = Duration::from_millis(100);
 /// Most of the held-out text that is looked at before the first step, in bytes.
 const REHEARSED_BYTES: usize = 64 << 10;
 /// Characters of a prompt that an error repeats.
@@ -280,17 +284,37 @@ fn text_folder(
     std::fs::rename(&part, folder).map_err(|error| Error::io(folder, "create", error))
 }
 
-/// Trains a tokenizer on the texts of the run.
+/// Trains a tokenizer on the texts of the run. The work is another thread's; the listener stays on
+/// this one.
 fn new_tokenizer(recipe: &Recipe, folder: &Path, hear: Hear<'_>) -> Result<()> {
     let options = TokenizerOptions {
         end_of_text: recipe.separator().to_owned(),
         ..TokenizerOptions::new(recipe.model.vocab_size()?)
     };
-    // Counting words runs on several threads; the listener stays on this one.
     let files = recipe.training_files();
-    hear(Event::TrainingTokenizer(0));
-    let trained = train_tokenizer(&files, &options, folder, true, &mut |_| true)?;
-    match hear(Event::TrainingTokenizer(trained.text_bytes)) {
+    let (read, stopped) = (AtomicU64::new(0), AtomicBool::new(false));
+    let mut progress = |bytes| {
+        read.store(bytes, Relaxed);
+        !stopped.load(Relaxed)
+    };
+    let trained = std::thread::scope(|scope| {
+        let (ended, end) = std::sync::mpsc::channel::<()>();
+        let work = scope.spawn(move || {
+            let trained = train_tokenizer(&files, &options, folder, true, &mut progress);
+            drop(ended);
+            trained
+        });
+        loop {
+            if !hear(Event::TrainingTokenizer(read.load(Relaxed))) {
+                stopped.store(true, Relaxed);
+            }
+            if end.recv_timeout(HEAR_EVERY) != Err(RecvTimeoutError::Timeout) {
+                break;
+            }
+        }
+        work.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    match !stopped.load(Relaxed) && hear(Event::TrainedTokenizer(&trained)) {
         true => Ok(()),
         false => Err(Error::Stopped),
     }

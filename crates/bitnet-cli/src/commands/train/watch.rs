@@ -38,13 +38,22 @@ impl<'a> Watch<'a> {
     /// Shows an event.
     pub(super) fn hear(&mut self, event: &Event<'_>) {
         match event {
-            Event::TrainingTokenizer(0) => self.say("making a tokenizer"),
             Event::TrainingTokenizer(read) => {
-                self.say(&format!("made a tokenizer from {} of text", bytes(*read)));
+                self.reading("making a tokenizer", "counting words, then merging", *read);
             }
-            Event::Tokenizing { name, bytes } => self.reading(name, *bytes),
+            Event::TrainedTokenizer(made) => self.say(&format!(
+                "made a tokenizer of {} tokens from {} of text",
+                count(made.vocab_size as u64),
+                bytes(made.text_bytes)
+            )),
+            Event::Tokenizing { name, bytes } => self.reading("tokenizing", name, *bytes),
             Event::Started(start) => self.started(start),
             Event::Stepped(line) => self.stepped(line),
+            Event::Measuring { done, windows } => {
+                let bar = self.bar("measuring", Unit::Items);
+                bar.set_length(*windows as u64);
+                bar.set_position(*done as u64);
+            }
             Event::Measured(found) => self.say(&format!(
                 "step {}: {:.4} bits per byte of held-out text",
                 count(found.step),
@@ -66,11 +75,11 @@ impl<'a> Watch<'a> {
         }
     }
 
-    fn reading(&mut self, name: &str, read: u64) {
-        let bar = self.bar("tokenizing", Unit::Bytes);
+    fn reading(&mut self, label: &'static str, message: &str, read: u64) {
+        let bar = self.bar(label, Unit::Bytes);
         bar.set_length(read);
         bar.set_position(read);
-        bar.set_message(printable(name).into_owned());
+        bar.set_message(printable(message).into_owned());
     }
 
     fn started(&mut self, start: &Start) {
