@@ -76,7 +76,7 @@ impl Case {
     fn begin(&mut self, first_position: usize, rows: usize) {
         let slice = SequenceSlice { rows: 0..rows, first_position, blocks: self.blocks.clone() };
         let tokens = vec![0; rows];
-        let batch = Batch { tokens, sequences: vec![slice], logit_rows: vec![], n_best: None };
+        let batch = Batch { tokens, sequences: vec![slice], ..Batch::default() };
         self.backend.begin(&batch).expect("a step");
     }
 

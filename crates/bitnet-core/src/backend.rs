@@ -9,6 +9,7 @@
 //! The definition of correct is the CPU's scalar path; `testing` holds the conformance suite.
 
 use crate::error::{Error, Result};
+use crate::noise::Noise;
 use crate::weights::{FloatRows, LinearWeights, NormWeights};
 use std::ops::Range;
 use std::sync::Arc;
@@ -90,7 +91,7 @@ pub struct SequenceSlice {
 /// One step of the model: tokens of several sequences, side by side.
 ///
 /// A row's result never depends on what else is in the batch.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
     /// Token ids, all `< vocab_size`.
     pub tokens: Vec<u32>,
@@ -101,6 +102,17 @@ pub struct Batch {
     /// If set, only so many largest logits of each row are wanted, exactly; a backend may leave
     /// −∞ in place of the others.
     pub n_best: Option<usize>,
+    /// With `n_best`, what is added to each row's logits before the largest are chosen, one for each
+    /// of `logit_rows`; empty for nothing. The logits themselves stay as they are.
+    pub noise: Vec<Noise>,
+}
+
+impl Batch {
+    /// [`n_best`](Self::n_best), if it counts logits as they are: a backend that ignores noise
+    /// gives all logits where there is some.
+    pub fn n_best_plain(&self) -> Option<usize> {
+        self.n_best.filter(|_| self.noise.iter().all(Noise::is_none))
+    }
 }
 
 /// Checks that a step's slices cover its tokens in order, as the operations of a backend rely on.
@@ -127,6 +139,10 @@ pub fn check_batch(batch: &Batch) -> Result<()> {
             format!("{} rows", batch.tokens.len()),
             next,
         ));
+    }
+    let n_logits = batch.logit_rows.len();
+    if !batch.noise.is_empty() && batch.noise.len() != n_logits {
+        return Err(Error::shape("noise of a batch", n_logits, batch.noise.len()));
     }
     match batch.logit_rows.iter().find(|&&row| row >= next) {
         Some(row) => Err(Error::invalid("logit row", format!("{row} of {next} rows"))),

@@ -11,6 +11,7 @@ pub mod error;
 pub mod kernels;
 pub mod machine;
 pub mod memory;
+pub mod noise;
 mod processors;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -14,7 +14,7 @@ fn step(tokens: Vec<u32>, first_position: usize, blocks: &[u32]) -> Batch {
     let rows = 0..tokens.len();
     let logit_rows = vec![rows.end - 1];
     let sequences = vec![SequenceSlice { rows, first_position, blocks: blocks.to_vec() }];
-    Batch { tokens, sequences, logit_rows, n_best: None }
+    Batch { tokens, sequences, logit_rows, ..Batch::default() }
 }
 
 #[test]

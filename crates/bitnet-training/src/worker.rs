@@ -221,8 +221,7 @@ impl Worker {
                     blocks: vec![row as u32],
                 })
                 .collect(),
-            logit_rows: Vec::new(),
-            n_best: None,
+            ..Step::default()
         })?;
         let table = &weights.values[places.embedding.clone()];
         let hidden = config.hidden_size;

@@ -127,7 +127,7 @@ fn norm(b: &mut Wgpu, width: usize) -> Result<<Wgpu as Backend>::Norm> {
 fn token() -> Batch {
     let blocks = (0..SEEN.div_ceil(BLOCK_TOKENS) as u32).collect();
     let sequences = vec![SequenceSlice { rows: 0..1, first_position: SEEN - 1, blocks }];
-    Batch { tokens: vec![1], sequences, logit_rows: vec![0], n_best: Some(1) }
+    Batch { tokens: vec![1], sequences, logit_rows: vec![0], n_best: Some(1), ..Batch::default() }
 }
 
 /// Seconds that `operation` takes, what a step costs by itself included once in [`TIMES`].

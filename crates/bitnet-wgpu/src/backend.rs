@@ -331,7 +331,7 @@ impl Backend for WgpuBackend {
     fn begin(&mut self, batch: &Batch) -> Result<()> {
         check_batch(batch)?;
         self.n_steps += 1;
-        self.n_best = batch.n_best;
+        self.n_best = batch.n_best_plain();
         self.token_end = batch.tokens.iter().max().map_or(0, |&token| token.saturating_add(1));
         let blocks = batch.sequences.iter().flat_map(|slice| &slice.blocks);
         self.block_end = blocks.max().map_or(0, |&block| block.saturating_add(1));

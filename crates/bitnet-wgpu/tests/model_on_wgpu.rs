@@ -28,7 +28,7 @@ fn a_token_is_one_submission_and_only_the_best_logits_come_back() {
         let rows = 0..tokens.len();
         let logit_rows = vec![rows.end - 1];
         let sequences = vec![SequenceSlice { rows, first_position, blocks: (0..2).collect() }];
-        let batch = Batch { tokens, sequences, logit_rows, n_best };
+        let batch = Batch { tokens, sequences, logit_rows, n_best, ..Batch::default() };
         let before = (traffic.submissions(), traffic.downloaded_bytes());
         model.execute_batch(&batch, &mut logits).unwrap();
         (traffic.submissions() - before.0, traffic.downloaded_bytes() - before.1)

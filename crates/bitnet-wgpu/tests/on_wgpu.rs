@@ -110,6 +110,7 @@ fn the_best_logits_are_found_on_the_device() {
                 sequences: (0..3).map(sequence).collect(),
                 logit_rows: vec![0, 2],
                 n_best: Some(k),
+                ..Batch::default()
             };
             backend.begin(&batch).expect("a step");
             backend.embed(&ones, &mut x).expect("embeddings");
@@ -183,7 +184,7 @@ fn brings_weights(in_place: bool, most: u64) {
     let tokens: Vec<u32> = vec![0, 2047, 2048, 10_239, 10_240, ROWS as u32 - 1];
     let rows = 0..tokens.len();
     let sequences = vec![SequenceSlice { rows: rows.clone(), first_position: 0, blocks: vec![] }];
-    let batch = Batch { tokens: tokens.clone(), sequences, logit_rows: vec![], n_best: None };
+    let batch = Batch { tokens: tokens.clone(), sequences, ..Batch::default() };
     let mut x = backend.buffer(rows.end, 1024).expect("a buffer");
     backend.begin(&batch).expect("a step");
     backend.embed(&table, &mut x).expect("embeddings");
@@ -206,7 +207,7 @@ fn a_lost_device_is_an_error_of_the_device_and_no_panic() {
     let table = backend.table(Arc::new(Head(vec![1.0; 8])), TableRole::Head).expect("a table");
     let mut x = backend.buffer(1, 2).expect("a buffer");
     let sequences = vec![SequenceSlice { rows: 0..1, first_position: 0, blocks: vec![] }];
-    let batch = Batch { tokens: vec![1], sequences, logit_rows: vec![], n_best: None };
+    let batch = Batch { tokens: vec![1], sequences, ..Batch::default() };
     let mut step = |backend: &mut WgpuBackend, lose: Option<&dyn Fn()>| {
         backend.begin(&batch)?;
         backend.embed(&table, &mut x)?;

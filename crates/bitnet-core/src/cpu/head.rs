@@ -3,10 +3,11 @@
 //! A table keeps the bytes of its source where that has plain numbers, so that one mapped copy
 //! serves as embedding and as head. Knows token ids as row numbers only.
 
-use super::shortlist::{Shortlist, ShortlistScratch};
+use super::shortlist::{Rows, Shortlist, ShortlistScratch};
 use crate::backend::TableRole;
 use crate::error::{Error, Result};
 use crate::kernels::{FloatMatrix, Kernels, WeightMemory};
+use crate::noise::Noise;
 use crate::threads::ThreadPool;
 use crate::weights::{FloatRows, NormWeights};
 
@@ -22,6 +23,16 @@ impl HeadScratch {
     pub(crate) fn memory_bytes(&self) -> u64 {
         4 * self.normed.capacity() as u64 + self.shortlist.memory_bytes()
     }
+}
+
+/// Which logits a step wants.
+pub(crate) struct Wanted<'a> {
+    /// Rows of the input.
+    pub(crate) rows: &'a [usize],
+    /// How many of the largest; all if none.
+    pub(crate) n_best: Option<usize>,
+    /// What is added before the largest are chosen, one for each row; empty for nothing.
+    pub(crate) noise: &'a [Noise],
 }
 
 /// An embedding table `(vocab, hidden)`, which may serve as output head too.
@@ -97,8 +108,8 @@ impl CpuTable {
         Ok(())
     }
 
-    /// `out = norm(x[rows]) · tableᵀ`, `(rows, vocab)`. With `n_best`, only so many largest logits of
-    /// each row are sure to be there; others may be −∞.
+    /// `out = norm(x[rows]) · tableᵀ`, `(rows, vocab)`. With `n_best`, only the logits of each row
+    /// that are its largest after noise are sure to be there; others may be −∞.
     ///
     /// # Errors
     /// [`Error::Shape`] if `norm` or a row is not within `x` `(…, hidden)`.
@@ -107,13 +118,12 @@ impl CpuTable {
         pool: &ThreadPool,
         kernels: &Kernels,
         x: &[f32],
-        rows: &[usize],
         norm: &NormWeights,
-        n_best: Option<usize>,
+        wanted: &Wanted<'_>,
         scratch: &mut HeadScratch,
         out: &mut Vec<f32>,
     ) -> Result<()> {
-        let hidden = self.hidden();
+        let (hidden, rows) = (self.hidden(), wanted.rows);
         if norm.weight.len() != hidden {
             return Err(Error::shape("norm before the head", hidden, norm.weight.len()));
         }
@@ -133,9 +143,10 @@ impl CpuTable {
             |_| Error::OutOfMemory { what: "logits".into(), bytes: (len as u64).saturating_mul(4) };
         out.try_reserve(len.saturating_sub(out.len())).map_err(out_of_memory)?;
         out.resize(len, 0.0);
-        match (&self.shortlist, n_best) {
+        match (&self.shortlist, wanted.n_best) {
             (Some(list), Some(n)) => {
-                list.logits(&self.matrix, pool, kernels, normed, n, shortlist, out);
+                let x = Rows { x: normed, noise: wanted.noise };
+                list.logits(&self.matrix, pool, kernels, x, n, shortlist, out);
             }
             _ => self.matrix.project(pool, kernels, normed, rows.len(), out),
         }

@@ -32,11 +32,12 @@ use crate::backend::{
 use crate::error::{Error, Result};
 use crate::kernels::{Kernels, WeightMemory};
 use crate::memory::{AccessPattern, EnhancedMemoryPool, HostMemory};
+use crate::noise::Noise;
 use crate::threads::{ThreadPool, default_threads};
 use crate::weights::{FloatRows, LinearWeights, NormWeights};
 use attention::AttentionScratch;
 use buffer::Counter;
-use head::HeadScratch;
+use head::{HeadScratch, Wanted};
 use linear::CpuLinear;
 use rope::StepAngles;
 use std::sync::Arc;
@@ -59,6 +60,7 @@ pub struct CpuBackend {
     projection: linear::Scratch,
     attention: AttentionScratch,
     n_best: Option<usize>,
+    noise: Vec<Noise>,
     head: HeadScratch,
 }
 
@@ -87,6 +89,7 @@ impl CpuBackend {
             projection: linear::Scratch::new(),
             attention: AttentionScratch::default(),
             n_best: None,
+            noise: Vec::new(),
             head: HeadScratch::default(),
         })
     }
@@ -180,6 +183,7 @@ impl Backend for CpuBackend {
         self.tokens.clone_from(&batch.tokens);
         self.logit_rows.clone_from(&batch.logit_rows);
         self.n_best = batch.n_best;
+        self.noise.clone_from(&batch.noise);
         copy_sequences(&batch.sequences, &mut self.sequences);
         self.angles.start_step();
         Ok(())
@@ -307,8 +311,8 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) -> Result<()> {
         let (x, scratch) = (x.rows(self.rows())?, &mut self.head);
-        let (rows, n_best) = (&self.logit_rows, self.n_best);
-        head.logits(&self.pool, self.kernels, x, rows, norm, n_best, scratch, out)
+        let wanted = Wanted { rows: &self.logit_rows, n_best: self.n_best, noise: &self.noise };
+        head.logits(&self.pool, self.kernels, x, norm, &wanted, scratch, out)
     }
 
     fn read(

@@ -43,7 +43,7 @@ fn batches_that_contradict_themselves_are_errors() {
         tokens: vec![0; 3],
         sequences: vec![slice(0..2, 0, &[0]), slice(2..3, 0, &[1])],
         logit_rows: vec![2],
-        n_best: None,
+        ..Batch::default()
     };
     backend.begin(&good).unwrap();
     for sequences in [
@@ -64,7 +64,7 @@ fn batches_that_contradict_themselves_are_errors() {
 /// Stores three tokens with these slices; then attends to them.
 fn store_and_attend(sequences: Vec<SequenceSlice>, layer: usize, widths: [usize; 3]) -> Result<()> {
     let mut backend = CpuBackend::new(Some(2), None)?;
-    let batch = Batch { tokens: vec![0; 3], sequences, logit_rows: vec![], n_best: None };
+    let batch = Batch { tokens: vec![0; 3], sequences, ..Batch::default() };
     let mut kv = backend.kv_cache(SPEC)?;
     let rope =
         backend.rope(&RopeSpec { inv_freq: vec![1.0; 8], max_positions: 64, magnitude: 1.0 })?;
@@ -167,9 +167,7 @@ fn a_token_outside_the_table_is_an_error() {
     let mut x = backend.buffer(1, 8).unwrap();
     for (token, fits) in [(3, true), (4, false), (u32::MAX, false)] {
         let sequences = vec![slice(0..1, 0, &[0])];
-        backend
-            .begin(&Batch { tokens: vec![token], sequences, logit_rows: vec![], n_best: None })
-            .unwrap();
+        backend.begin(&Batch { tokens: vec![token], sequences, ..Batch::default() }).unwrap();
         assert_eq!(backend.embed(&table, &mut x).is_ok(), fits);
     }
     let mut narrow = backend.buffer(1, 7).unwrap();

@@ -34,6 +34,7 @@ pub use wide::{WideMatrix, WideRows};
 use crate::backend::Activation;
 use crate::cpu::attend::{self, AttentionKernels};
 use crate::error::{Error, Result};
+use crate::noise::Noise;
 use crate::weights::NormWeights;
 
 /// The environment variable that forces a set of kernels by name.
@@ -96,6 +97,7 @@ type PackTileFn = unsafe fn(&[u8], &mut [u8]);
 type MacLoopFn = unsafe fn(u64) -> u64;
 type WideFn = unsafe fn(&WideRows<'_>, &WideMatrix, &mut [f32], usize);
 type RoundRowsFn = unsafe fn(&FloatTile<'_>, &mut Vec<f32>, &mut [u8], &mut [ByteRow]);
+type NoiseFn = unsafe fn(&Noise, u32, &mut [f32]);
 type FloatFn = unsafe fn(&FloatTile<'_>, &[f32], usize, &mut [f32]);
 
 /// A set of kernels for one instruction set, available on this CPU.
@@ -114,6 +116,7 @@ pub struct Kernels {
     wide_products: WideFn,
     byte_products: ProductsFn,
     round_rows: RoundRowsFn,
+    noise: NoiseFn,
     attention: &'static AttentionKernels,
     mac_loop: MacLoopFn,
 }
@@ -151,6 +154,7 @@ static SCALAR: Kernels = Kernels {
     byte_products: scalar::byte_products,
     wide_products: wide::scalar,
     round_rows: scalar::round_rows,
+    noise: |noise, first, out| noise.fill(first, out),
     attention: &attend::PORTABLE,
     mac_loop: scalar::mac_loop,
 };
@@ -364,6 +368,12 @@ impl Kernels {
         assert_eq!(out.len(), rows.cols.div_ceil(BYTE_STEP_COLS) * STEP_BYTES);
         // SAFETY: the CPU has the features, as `available` saw to.
         unsafe { (self.round_rows)(rows, row, out, bounds) }
+    }
+
+    /// [`Noise::fill`], as fast as this instruction set allows.
+    pub(crate) fn noise(&self, noise: &Noise, first: u32, out: &mut [f32]) {
+        // SAFETY: the CPU has the features, as `available` saw to.
+        unsafe { (self.noise)(noise, first, out) }
     }
 
     /// Attention of a few queries over one head of a cache; the result is left in `scratch`.

@@ -223,6 +223,11 @@ macro_rules! float_parts {
         ) {
             crate::kernels::scalar::round_rows(rows, row, out, bounds);
         }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn noise(noise: &crate::noise::Noise, first: u32, out: &mut [f32]) {
+            noise.fill(first, out);
+        }
     };
 }
 

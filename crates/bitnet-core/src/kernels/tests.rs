@@ -496,6 +496,20 @@ fn norms_and_gates_agree() {
 }
 
 #[test]
+fn noise_agrees() {
+    for (n, first) in [(1, 0), (7, 3), (64, 128_000), (100, u32::MAX - 50)] {
+        let noise = Noise::new([n as u32, 9], 0.7);
+        let mut want = vec![0.0; n];
+        SCALAR.noise(&noise, first, &mut want);
+        for kernels in others() {
+            let mut got = vec![9.0; n];
+            kernels.noise(&noise, first, &mut got);
+            assert_eq!(bits(&got), bits(&want), "{}: noise of {n}", kernels.name());
+        }
+    }
+}
+
+#[test]
 fn names_choose() {
     for kernels in Kernels::available() {
         assert!(std::ptr::eq(Kernels::by_name(kernels.name()).unwrap(), kernels));

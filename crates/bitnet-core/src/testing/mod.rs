@@ -49,7 +49,7 @@ fn rows_batch(rows: usize) -> Batch {
             })
             .collect(),
         logit_rows: (0..rows).collect(),
-        n_best: None,
+        ..Batch::default()
     }
 }
 

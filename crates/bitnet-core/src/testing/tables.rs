@@ -19,7 +19,7 @@ pub(super) fn embedding_copies_rows<B: Backend>(make: &impl Fn() -> B, record: &
             let mut x = backend.buffer(4, hidden).expect("a buffer");
             let tokens = vec![vocab as u32 - 1, 0, 0, vocab as u32 / 2];
             let slice = SequenceSlice { rows: 0..4, first_position: 0, blocks: vec![0] };
-            let batch = Batch { tokens, sequences: vec![slice], logit_rows: vec![], n_best: None };
+            let batch = Batch { tokens, sequences: vec![slice], ..Batch::default() };
             backend.begin(&batch).expect("a step");
             backend.embed(&table, &mut x).expect("tokens of the table");
             let got = download(&mut backend, &x);

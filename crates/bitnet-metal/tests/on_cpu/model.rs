@@ -59,7 +59,7 @@ fn batch(tokens: &[u32], first: usize) -> Batch {
         tokens: tokens[first..].to_vec(),
         sequences: vec![SequenceSlice { rows: 0..rows, first_position: first, blocks }],
         logit_rows: vec![rows - 1],
-        n_best: None,
+        ..Batch::default()
     }
 }
 
@@ -138,7 +138,7 @@ fn long_and_shared_steps_have_the_cpu_s_bits() {
                 tokens: (0..rows).map(|row| token(one + 7 * row)).collect(),
                 sequences,
                 logit_rows: (0..rows).filter(|row| row % 3 == 0).collect(),
-                n_best: None,
+                ..Batch::default()
             };
             gpu.execute_batch(&step, &mut logits).expect("a step");
             reference.execute_batch(&step, &mut want).expect("a step");

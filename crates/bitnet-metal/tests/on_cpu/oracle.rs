@@ -149,7 +149,7 @@ fn batch(rows: usize, first: usize, blocks: &[u32]) -> Batch {
             blocks: blocks.into(),
         }],
         logit_rows: (0..rows).filter(|row| row % 5 == 0).collect(),
-        n_best: None,
+        ..Batch::default()
     }
 }
 

@@ -4,6 +4,7 @@
 
 use crate::cpu::math;
 use crate::kernels::{BYTE_OFFSET, ByteRow, TILE_ROWS, norm_above};
+use crate::noise::Noise;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
@@ -24,6 +25,8 @@ pub(super) struct TokenBound {
     pub(super) error: f32,
     /// The same for the high bytes alone.
     pub(super) high_error: f32,
+    /// What is added to its logits before the largest are chosen.
+    pub(super) noise: Noise,
 }
 
 /// Rounds an input to 16 bits, `x ≈ scale · (256 · high + low)`.
@@ -47,7 +50,7 @@ pub(super) fn round_token(x: &[f32], high: &mut [i8], low: &mut [i8]) -> TokenBo
         high_errors += high_error * high_error;
     }
     let [norm, error, high_error] = [squares, errors, high_errors].map(norm_above);
-    TokenBound { scale, sums, norm, error, high_error }
+    TokenBound { scale, sums, norm, error, high_error, noise: Noise::NONE }
 }
 
 /// How far the logit of a rounded row can be off for an input that is itself off by `error`.
@@ -57,7 +60,7 @@ fn error_bound(token: &TokenBound, error: f32, row: ByteRow, slack: f32) -> f32 
     row.error * token.norm + row.norm * error + slack * size
 }
 
-/// Between which two numbers the logits of 16 rows lie, from the sums of their codes with the high
+/// Between which two numbers the logits of 16 rows lie once noise is added, from the sums of their codes with the high
 /// and the low bytes of a token.
 #[inline(always)]
 pub(super) fn logit_bounds(
@@ -65,6 +68,7 @@ pub(super) fn logit_bounds(
     rows: &[ByteRow; TILE_ROWS],
     high: &[i32; TILE_ROWS],
     low: &[i32; TILE_ROWS],
+    noise: &[f32; TILE_ROWS],
     slack: f32,
 ) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
     let (mut lower, mut upper) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
@@ -73,26 +77,28 @@ pub(super) fn logit_bounds(
         let sum = high + (low[i] - BYTE_OFFSET * token.sums[1]) as f32;
         let score = sum * (rows[i].scale * token.scale);
         let off = error_bound(token, token.error, rows[i], slack);
-        (lower[i], upper[i]) = (score - off, score + off);
+        (lower[i], upper[i]) = (score - off + noise[i], score + off + noise[i]);
     }
     (lower, upper)
 }
 
-/// Whether one of the 16 rows can have a logit of `floor` or more, as far as the high bytes tell.
+/// Whether one of the 16 rows can have a logit with noise of `floor` or more, as far as the high bytes tell.
 #[inline(always)]
 pub(super) fn may_reach(
     floor: f32,
     token: &TokenBound,
     rows: &[ByteRow; TILE_ROWS],
     high: &[i32; TILE_ROWS],
+    noise: &[f32; TILE_ROWS],
     slack: f32,
 ) -> bool {
     let mut below = true;
     for i in 0..TILE_ROWS {
         let high = (high[i] - BYTE_OFFSET * token.sums[0]) as f32 * 256.0;
         let score = high * (rows[i].scale * token.scale);
+        let upper = score + error_bound(token, token.high_error, rows[i], slack) + noise[i];
         // What is not a number is not below one.
-        below &= score + error_bound(token, token.high_error, rows[i], slack) < floor;
+        below &= upper < floor;
     }
     !below
 }

@@ -11,6 +11,9 @@
 //! rounding as the only error that counts. For few inputs both are multiplied with every row: that
 //! is arithmetic, of which there is plenty while memory is read. Many inputs are short of it: their
 //! low bytes are multiplied only with tiles of rows that the high bytes alone do not exclude.
+//!
+//! Where a row's largest logits are wanted after adding [noise](crate::noise), as a draw does, it is
+//! added to the bounds: rounding is monotonic, so a sum of a bound bounds the sum.
 
 mod bounds;
 #[cfg(test)]
@@ -22,6 +25,7 @@ use crate::kernels::{
     BYTE_STEP_COLS, ByteRow, FloatMatrix, Kernels, MAX_BYTE_COLS, STEP_BYTES, Storage, TILE_ROWS,
     TokenCodes, WeightMemory,
 };
+use crate::noise::Noise;
 use crate::threads::{Parts, ThreadPool, default_threads, share};
 use crate::weights::{FloatRows, RoundedRows};
 use bounds::{Best, Floor, TokenBound, logit_bounds, may_reach, round_token};
@@ -45,13 +49,22 @@ pub(super) struct Shortlist {
     bounds: Vec<ByteRow>, // whole tiles
 }
 
+/// Inputs of the head.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    /// `(tokens, cols)`
+    pub(super) x: &'a [f32],
+    /// What is added to the logits of each token before the largest are chosen; empty for nothing.
+    pub(super) noise: &'a [Noise],
+}
+
 /// Buffers of a call, to be used again.
 #[derive(Debug, Default)]
 pub(super) struct ShortlistScratch {
     /// Codes of all tokens: high bytes, then low bytes.
     x: Vec<i8>,
     tokens: Vec<TokenBound>,
-    /// For each token, what its `n_best`-th largest logit is known to reach.
+    /// For each token, what its `n_best`-th largest logit with noise is known to reach.
     floors: Vec<Floor>,
     threads: Vec<Finder>,
     /// Rows to be computed exactly: token, row.
@@ -67,6 +80,8 @@ struct Finder {
     doubtful: Vec<usize>,
     low: Vec<i8>,
     low_sums: Vec<i32>,
+    /// Noise of each token at the rows of a few tiles.
+    noise: Vec<f32>,
     /// For each token the largest lower bounds among this thread's rows.
     best: Vec<Best>,
     /// Rows that no floor excluded when they were seen.
@@ -77,7 +92,7 @@ struct Finder {
 struct Candidate {
     token: u32,
     row: u32,
-    /// Its logit is at most this.
+    /// Its logit with noise is at most this.
     upper: f32,
 }
 
@@ -87,7 +102,10 @@ impl ShortlistScratch {
             let best: usize = finder.best.iter().map(Best::capacity).sum();
             let sums = finder.sums.capacity() + finder.low_sums.capacity();
             let candidates = finder.candidates.capacity() * size_of::<Candidate>();
-            4 * (sums + best) + 8 * finder.doubtful.capacity() + finder.low.capacity() + candidates
+            4 * (sums + best + finder.noise.capacity())
+                + 8 * finder.doubtful.capacity()
+                + finder.low.capacity()
+                + candidates
         });
         let tokens = self.tokens.capacity() * size_of::<TokenBound>() + 4 * self.floors.capacity();
         let own = self.x.capacity() + tokens + 8 * self.candidates.capacity();
@@ -130,6 +148,8 @@ struct Tiles<'a> {
 
 /// One of them.
 struct Tile<'a> {
+    /// Its place among those looked at together.
+    index: usize,
     rows: Range<usize>,
     steps: usize,
     codes: &'a [u8],
@@ -141,9 +161,9 @@ impl<'a> Tiles<'a> {
         let Self { steps, codes, bounds, .. } = *self;
         let Range { start, end } = self.rows;
         let codes = codes.chunks_exact(steps * STEP_BYTES);
-        codes.zip(bounds).enumerate().map(move |(i, (codes, bounds))| {
-            let first = start + i * TILE_ROWS;
-            Tile { rows: first..end.min(first + TILE_ROWS), steps, codes, bounds }
+        codes.zip(bounds).enumerate().map(move |(index, (codes, bounds))| {
+            let first = start + index * TILE_ROWS;
+            Tile { index, rows: first..end.min(first + TILE_ROWS), steps, codes, bounds }
         })
     }
 }
@@ -204,19 +224,20 @@ impl Shortlist {
         (self.codes.len() + size_of_val(&self.bounds[..])) as u64
     }
 
-    /// Exact logits of the `n_best` largest of each token at least; −∞ for rows that cannot be among
-    /// them. `x` `(tokens, cols)`, `out` `(tokens, rows)`.
+    /// Exact logits of those that are the `n_best` largest of each token after noise, at least; −∞ for
+    /// rows that cannot be among them. `out` `(tokens, rows)`.
     pub(super) fn logits(
         &self,
         matrix: &FloatMatrix,
         pool: &ThreadPool,
         kernels: &Kernels,
-        x: &[f32],
+        rows: Rows<'_>,
         n_best: usize,
         scratch: &mut ShortlistScratch,
         out: &mut [f32],
     ) {
-        self.score(pool, kernels, x, n_best, scratch);
+        let x = rows.x;
+        self.score(pool, kernels, rows, n_best, scratch);
         choose(pool.threads(), n_best, scratch);
         let parts = Parts::new(out);
         pool.run(&|thread| {
@@ -254,7 +275,7 @@ impl Shortlist {
         &self,
         pool: &ThreadPool,
         kernels: &Kernels,
-        x: &[f32],
+        Rows { x, noise }: Rows<'_>,
         n_best: usize,
         scratch: &mut ShortlistScratch,
     ) {
@@ -270,6 +291,9 @@ impl Shortlist {
                 .zip(codes_of)
                 .map(|(x, (high, low))| round_token(x, high, low)),
         );
+        for (token, &noise) in tokens.iter_mut().zip(noise) {
+            token.noise = noise;
+        }
         floors.clear();
         floors.resize_with(n_tokens, Floor::default);
         // Roundings of the exact dot product and of the bound's own arithmetic, relative to the
@@ -318,6 +342,11 @@ impl Finder {
         let mut sums = std::mem::take(&mut self.sums);
         sums.resize(tiles.bounds.len() * codes.n_tokens * TILE_ROWS, 0);
         kernels.byte_products(tiles.codes, tiles.steps, &codes, &mut sums);
+        self.noise.resize(n_tokens * BLOCK_TILES * TILE_ROWS, 0.0);
+        let (of_tokens, _) = self.noise.as_chunks_mut::<{ BLOCK_TILES * TILE_ROWS }>();
+        for (token, out) in inputs.tokens.iter().zip(of_tokens) {
+            kernels.noise(&token.noise, tiles.rows.start as u32, out);
+        }
         let of_tiles = sums.as_chunks::<TILE_ROWS>().0.chunks_exact(codes.n_tokens);
         for (tile, sums) in tiles.iter().zip(of_tiles) {
             if sifted {
@@ -345,7 +374,8 @@ impl Finder {
         for (t, ((token, floor), high)) in
             inputs.tokens.iter().zip(inputs.floors).zip(high).enumerate()
         {
-            if may_reach(floor.get(), token, tile.bounds, high, inputs.slack) {
+            let noise = noise_of(&self.noise, t, tile);
+            if may_reach(floor.get(), token, tile.bounds, high, noise, inputs.slack) {
                 self.doubtful.push(t);
                 self.low.extend_from_slice(inputs.low(t));
             }
@@ -375,7 +405,8 @@ impl Finder {
         low: &[i32; TILE_ROWS],
     ) {
         let bound = &inputs.tokens[token];
-        let (lower, upper) = logit_bounds(bound, tile.bounds, high, low, inputs.slack);
+        let noise = noise_of(&self.noise, token, tile);
+        let (lower, upper) = logit_bounds(bound, tile.bounds, high, low, noise, inputs.slack);
         self.best[token].look_at(&lower[..tile.rows.len()], inputs.n_best);
         let floor = &inputs.floors[token];
         floor.raise(self.best[token].threshold(inputs.n_best));
@@ -388,6 +419,12 @@ impl Finder {
             }
         }
     }
+}
+
+/// The noise of a token at the rows of one tile of those looked at together.
+#[inline(always)]
+fn noise_of<'a>(noise: &'a [f32], token: usize, tile: &Tile<'_>) -> &'a [f32; TILE_ROWS] {
+    &noise.as_chunks().0[token * BLOCK_TILES + tile.index]
 }
 
 /// Lists the rows whose upper bound reaches the `n_best`-th largest lower bound that all threads have

@@ -52,14 +52,26 @@ fn the_best_logits_are_those_of_the_whole_head() {
     for kernels in Kernels::available() {
         let mut exact = vec![0.0; most * rows];
         matrix.project(&pool, kernels, &x, most, &mut exact);
-        for (n_best, n) in [(1, 3), (40, SIFTED_TOKENS - 1), (1, SIFTED_TOKENS), (40, most)] {
+        let cases = [(1, 3), (40, SIFTED_TOKENS - 1), (1, SIFTED_TOKENS), (40, most)];
+        let with_noise = |(n_best, n)| [(n_best, n, false), (n_best, n, true)];
+        for (n_best, n, noisy) in cases.into_iter().flat_map(with_noise) {
             let x = &x[..n * cols];
+            // Of the spread of the logits, and none for one of the tokens.
+            let noise = |i: usize| match i {
+                1 => Noise::NONE,
+                _ => Noise::new([i as u32, 5], 0.5),
+            };
+            let noise: Vec<Noise> = (0..if noisy { n } else { 0 }).map(noise).collect();
             let mut ours = vec![0.0; n * rows];
             let mut scratch = ShortlistScratch::default();
-            list.logits(&matrix, &pool, kernels, x, n_best, &mut scratch, &mut ours);
-            for (ours, exact) in ours.chunks_exact(rows).zip(exact.chunks_exact(rows)) {
+            let inputs = Rows { x, noise: &noise };
+            list.logits(&matrix, &pool, kernels, inputs, n_best, &mut scratch, &mut ours);
+            let logits = ours.chunks_exact(rows).zip(exact.chunks_exact(rows));
+            for (token, (ours, exact)) in logits.enumerate() {
+                let noise = noise.get(token).copied().unwrap_or_default();
+                let noisy = |row: usize| exact[row] + noise.at(row as u32);
                 let mut order: Vec<usize> = (0..rows).collect();
-                order.sort_by(|&a, &b| exact[b].total_cmp(&exact[a]));
+                order.sort_by(|&a, &b| noisy(b).total_cmp(&noisy(a)));
                 for &row in &order[..n_best] {
                     assert_eq!(ours[row].to_bits(), exact[row].to_bits());
                 }
@@ -88,7 +100,15 @@ fn what_is_not_a_number_excludes_nothing() {
         let (mut ours, mut exact) = (vec![0.0; n * rows], vec![0.0; n * rows]);
         matrix.project(&pool, kernels, &x, n, &mut exact);
         let mut scratch = ShortlistScratch::default();
-        list.logits(&matrix, &pool, kernels, &x, 1, &mut scratch, &mut ours);
+        list.logits(
+            &matrix,
+            &pool,
+            kernels,
+            Rows { x: &x, noise: &[] },
+            1,
+            &mut scratch,
+            &mut ours,
+        );
         assert!(ours[..rows].contains(&f32::NEG_INFINITY), "the whole token is not disturbed");
         for (ours, exact) in ours[rows..2 * rows].iter().zip(&exact[rows..2 * rows]) {
             assert!(ours.to_bits() == exact.to_bits() || ours.is_nan() && exact.is_nan());

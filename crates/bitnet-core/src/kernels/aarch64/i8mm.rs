@@ -6,7 +6,8 @@
 
 use super::dotprod::{activations, by_fields};
 use super::neon::{
-    fields, float_products, gate, load_ahead, norm, pack_tile, quantize, rescale, round_rows, store,
+    fields, float_products, gate, load_ahead, noise, norm, pack_tile, quantize, rescale,
+    round_rows, store,
 };
 use crate::cpu::attend;
 use crate::kernels::quantized::TokenCodes;
@@ -28,6 +29,7 @@ pub(in crate::kernels) static I8MM: Kernels = Kernels {
     byte_products: super::bytes::dotprod,
     wide_products: crate::kernels::wide::scalar,
     round_rows,
+    noise,
     attention: &attend::PORTABLE,
     mac_loop,
 };

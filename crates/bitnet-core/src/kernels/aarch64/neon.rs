@@ -26,6 +26,7 @@ pub(in crate::kernels) static NEON: Kernels = Kernels {
     byte_products: super::bytes::neon,
     wide_products: crate::kernels::wide::scalar,
     round_rows,
+    noise,
     attention: &attend::PORTABLE,
     mac_loop,
 };

@@ -25,6 +25,7 @@ pub(in crate::kernels) static AVX2: Kernels = Kernels {
     byte_products: super::bytes::avx2,
     wide_products: super::wide::avx2,
     round_rows,
+    noise,
     attention: &attend::AVX2,
     mac_loop,
 };

@@ -5,7 +5,7 @@
 
 use super::avx512::{self, Fields, mask};
 use super::avx512vnni::{
-    self, float_products, gate, mac_loop, norm, products, quantize, rescale, round_rows,
+    self, float_products, gate, mac_loop, noise, norm, products, quantize, rescale, round_rows,
 };
 use crate::cpu::attend;
 use crate::kernels::quantized::TokenCodes;
@@ -26,6 +26,7 @@ pub(in crate::kernels) static AVX512VBMI: Kernels = Kernels {
     byte_products: super::bytes::avx512vnni,
     wide_products: super::wide::avx512vnni,
     round_rows,
+    noise,
     attention: &attend::AVX512VNNI,
     mac_loop,
 };

@@ -22,6 +22,7 @@ pub(in crate::kernels) static AVX512VNNI: Kernels = Kernels {
     byte_products: super::bytes::avx512vnni,
     wide_products: super::wide::avx512vnni,
     round_rows,
+    noise,
     attention: &attend::AVX512VNNI,
     mac_loop,
 };

@@ -4,8 +4,8 @@
 //! eight rows; see the AVX-512 set for the fields that need no shift.
 
 use super::avx2::{
-    broadcast, float_products, gate, load_ahead, norm, pack_tile, quantize, rescale, round_rows,
-    store,
+    broadcast, float_products, gate, load_ahead, noise, norm, pack_tile, quantize, rescale,
+    round_rows, store,
 };
 use crate::cpu::attend;
 use crate::kernels::quantized::TokenCodes;
@@ -28,6 +28,7 @@ pub(in crate::kernels) static AVXVNNI: Kernels = Kernels {
     byte_products: super::bytes::avxvnni,
     wide_products: super::wide::avx2,
     round_rows,
+    noise,
     attention: &attend::AVX2,
     mac_loop,
 };
