@@ -2,8 +2,10 @@
 //!
 //! The draft model shares the block table of the sequences it guesses for, so its cache needs no
 //! bookkeeping of its own: it has the same blocks, with its own keys and values in them. It follows
-//! each sequence lazily and always takes its likeliest token. A wrong guess, or a cache it has not
-//! filled because a prefix was reused, costs time and never a token: the model verifies everything.
+//! each sequence lazily. From its logits a guess is drawn by the sequence's own sampler, whose random
+//! numbers are those that the model's draw will use: models that agree on the probabilities draw
+//! the same tokens at any temperature. A wrong guess, or a cache it has not filled because a prefix
+//! was reused, costs time and never a token: the model verifies everything.
 
 use bitnet_core::backend::Batch;
 
@@ -30,8 +32,7 @@ impl Draft {
         vocab_size: usize,
         max_tokens: usize,
     ) -> Self {
-        let batch = Batch { n_best: Some(1), ..Batch::default() };
-        Self { backend, vocab_size, max_tokens, batch, logits: Vec::new() }
+        Self { backend, vocab_size, max_tokens, batch: Batch::default(), logits: Vec::new() }
     }
 
     /// Lets the draft model guess what follows `sequence`, at most `max` tokens.
@@ -45,7 +46,24 @@ impl Draft {
         if max == 0 || !sequence.reserve(sequence.tokens.len() + max, pool) {
             return Ok(());
         }
+        let outcome = self.draw(sequence, max, pool);
+        let n_guessed = sequence.guess.len();
+        if let Some(sampler) = sequence.sampler() {
+            sampler.rollback(n_guessed);
+        }
+        outcome
+    }
+
+    /// Appends guesses to the sequence and to its sampler's history.
+    fn draw(
+        &mut self,
+        sequence: &mut Sequence,
+        max: usize,
+        pool: &BlockPool,
+    ) -> bitnet_core::Result<()> {
         while sequence.guess.len() < max {
+            let Some(sampler) = sequence.sampler() else { return Ok(()) };
+            let (n_best, noise) = (sampler.n_best(), sampler.noise(0));
             let n_known = sequence.tokens.len() + sequence.guess.len();
             let first = sequence.n_drafted;
             let last = n_known.min(first + self.max_tokens);
@@ -56,15 +74,21 @@ impl Draft {
             self.batch.sequences.clear();
             self.batch.sequences.push(sequence.slice_at(first, rows.clone(), pool.block_tokens()));
             self.batch.logit_rows.clear();
+            self.batch.noise.clear();
             if last == n_known {
                 self.batch.logit_rows.push(rows.end - 1);
+                self.batch.n_best = n_best;
+                self.batch.noise.push(noise);
             }
             self.backend.execute_batch(&self.batch, &mut self.logits)?;
             sequence.n_drafted = last;
             if last == n_known {
-                let row = &self.logits[..self.vocab_size];
-                let best = (0..row.len()).rev().max_by(|&a, &b| row[a].total_cmp(&row[b]));
-                sequence.guess.push(best.expect("a vocabulary is not empty") as u32);
+                // What a damaged draft model computes is no guess.
+                let logits = &mut self.logits[..self.vocab_size];
+                let Some(sampler) = sequence.sampler() else { return Ok(()) };
+                let Ok(sampled) = sampler.sample(logits) else { return Ok(()) };
+                sampler.accept(sampled.token);
+                sequence.guess.push(sampled.token);
             }
         }
         Ok(())

@@ -5,9 +5,14 @@
 //! what the one before it left, at temperature 1. Temperature 0 takes the largest logit after the
 //! penalties, ties to the lowest id.
 //!
-//! A draw depends on the seed and on how many tokens were accepted, on nothing else: the same
-//! request gives the same tokens alone, in a batch, or after a rollback, on every platform (`exp`
-//! and `ln` are plain arithmetic, not the system's, and sums run in one order).
+//! A draw takes the largest of the logits left after [noise] that depends on the seed, on how many
+//! tokens were accepted and on the token, on nothing else: the same request gives the same tokens
+//! alone, in a batch, or after a rollback, on every platform (`exp` and `ln` are plain arithmetic,
+//! not the system's, and sums run in one order). Where no filter is on, a device need not compute
+//! the logits that cannot win ([`Sampler::n_best`]); and a model that guesses with the same noise
+//! mostly guesses what will be drawn.
+//!
+//! [noise]: bitnet_core::noise
 //!
 //! Knows token ids and logits; no text, no end tokens.
 
@@ -19,6 +24,7 @@ use std::collections::HashSet;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 
+use bitnet_core::noise::Noise;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -121,8 +127,9 @@ impl Sampler {
         self.seed
     }
 
-    /// How many of the largest logits decide the next token whatever the others are; `None` if all
-    /// matter, because they are reported or because an option may lift one of them.
+    /// How many of the largest logits, after [`noise`](Self::noise), decide the next token whatever
+    /// the others are; `None` if all matter, because they are reported, because an option may lift
+    /// one of them or because a filter needs the sum of their probabilities.
     pub fn n_best(&self) -> Option<usize> {
         const MOST: u32 = 256;
         let options = &*self.options;
@@ -134,10 +141,30 @@ impl Sampler {
             || !options.logit_bias.is_empty();
         match options.top_k {
             _ if lifted => None,
-            _ if options.is_greedy() => Some(1),
+            _ if options.is_greedy() || !self.is_filtered() => Some(1),
             k @ 1..=MOST => Some(k as usize),
             _ => None,
         }
+    }
+
+    /// What has to be added to the logits before [`n_best`](Self::n_best) of them are chosen for the
+    /// next draw but `ahead`.
+    pub fn noise(&self, ahead: usize) -> Noise {
+        match self.options.is_greedy() || self.is_filtered() {
+            true => Noise::NONE,
+            false => self.noise_of_draw(self.n_accepted() + ahead),
+        }
+    }
+
+    /// Whether a filter has to see the logits before a token is drawn.
+    fn is_filtered(&self) -> bool {
+        let options = &*self.options;
+        let all = options.top_k == 0 || options.top_k as usize >= self.vocab;
+        !all || options.typical_p < 1.0 || options.top_p < 1.0 || options.min_p > 0.0
+    }
+
+    fn noise_of_draw(&self, index: usize) -> Noise {
+        Noise::new(key(self.seed, index), self.options.temperature)
     }
 
     /// How many tokens were accepted since the prompt.
@@ -199,7 +226,7 @@ impl Sampler {
             return Ok(Sampled { token, logprob: None, top: Vec::new() });
         };
         filters::top_k(logits, 0, &mut self.candidates);
-        let model = Distribution::weigh(&mut self.candidates, 1.0);
+        let model = Distribution::weigh(&mut self.candidates);
         let logprob = model.ln_probability(filters::finite(logits[token as usize])) as f32;
         filters::top_k(logits, n_top.max(1) as usize, &mut self.candidates);
         let top = self.candidates.iter().take(n_top as usize);
@@ -250,30 +277,29 @@ impl Sampler {
         if options.is_greedy() {
             return filters::argmax(logits);
         }
+        let noise = self.noise_of_draw(self.n_accepted());
+        if !self.is_filtered() {
+            return filters::draw_among_all(logits, noise);
+        }
         let candidates = &mut self.candidates;
         filters::top_k(logits, options.top_k as usize, candidates);
         filters::typical(candidates, options.typical_p);
         filters::top_p(candidates, options.top_p);
         filters::min_p(candidates, options.min_p);
-        filters::draw(
-            candidates,
-            options.temperature,
-            uniform(self.seed, self.history.n_generated()),
-        )
+        filters::draw(candidates, noise)
     }
 }
 
-/// Number `index` of the stream of `seed`, uniform in [0, 1).
+/// The key of draw `index` of `seed`.
 ///
 /// ChaCha8 is a counter-mode generator, so any place of the stream is reached at once and the
 /// position is the whole state.
-fn uniform(seed: u64, index: usize) -> f64 {
+fn key(seed: u64, index: usize) -> [u32; 2] {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     let mut stream = ChaCha8Rng::from_seed(key);
     stream.set_word_pos(index as u128 * 2);
-    // The 53 bits of a double's mantissa.
-    (stream.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+    [stream.next_u32(), stream.next_u32()]
 }
 
 /// A seed nobody chose, from the entropy the standard library keys its hash maps with.

@@ -9,6 +9,7 @@ use bitnet_core::backend::SequenceSlice;
 use crate::error::Result;
 use crate::kv_blocks::{BlockId, BlockPool, Prefix};
 use crate::request::{Event, EventSender, FinishReason, Goal, Request, Usage};
+use crate::sampler::Sampler;
 use crate::speculate::GuessLength;
 
 /// A request being worked on.
@@ -154,6 +155,14 @@ impl Sequence {
     ) -> SequenceSlice {
         let n_blocks = (first_position + rows.len()).div_ceil(block_tokens);
         SequenceSlice { rows, first_position, blocks: self.blocks[..n_blocks].to_vec() }
+    }
+
+    /// What draws its tokens, if it generates any.
+    pub(crate) fn sampler(&mut self) -> Option<&mut Sampler> {
+        match &mut self.goal {
+            Goal::Generate(continuation) => Some(&mut continuation.sampler),
+            _ => None,
+        }
     }
 
     /// How many tokens after the next one this sequence may still want.

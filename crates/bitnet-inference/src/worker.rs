@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use bitnet_core::backend::{Batch, DeviceInfo, KvSpec, MemoryUsage, SequenceSlice};
+use bitnet_core::noise::Noise;
 use futures_channel::{mpsc as events, oneshot};
 
 use crate::backend::InferenceBackend;
@@ -321,6 +322,7 @@ impl WorkerThread {
         self.publish_stats();
         if !self.plan.is_empty() {
             self.batch.n_best = self.best_wanted();
+            self.set_noise();
             self.backend.execute_batch(&self.batch, &mut self.logits)?;
             self.hand_out();
             self.stats.steps.fetch_add(1, Ordering::Relaxed);
@@ -387,8 +389,7 @@ impl WorkerThread {
         let batch = Batch {
             tokens: job.tokens[range.clone()].to_vec(),
             sequences: vec![slice],
-            logit_rows: Vec::new(),
-            n_best: None,
+            ..Batch::default()
         };
         let mut states = Vec::new();
         if let Err(error) = self.backend.final_states(&batch, &mut states) {
@@ -415,6 +416,24 @@ impl WorkerThread {
             Goal::Logits { .. } | Goal::Score { .. } => None,
         });
         wanted.reduce(|a, b| Some(a?.max(b?))).flatten()
+    }
+
+    /// The noise of the rows' draws, if it helps a device to leave logits out.
+    fn set_noise(&mut self) {
+        let noise = &mut self.batch.noise;
+        noise.clear();
+        if self.batch.n_best.is_none() {
+            return;
+        }
+        for slice in &self.plan {
+            if let Goal::Generate(continuation) = &self.scheduler.running[slice.sequence].goal {
+                let rows = 0..slice.logit_rows.len();
+                noise.extend(rows.map(|ahead| continuation.sampler.noise(ahead)));
+            }
+        }
+        if noise.iter().all(Noise::is_none) {
+            noise.clear();
+        }
     }
 
     /// Gives each sequence of the step its results; those that have all they asked for leave.
@@ -486,7 +505,7 @@ impl WorkerThread {
         }
         let slice =
             SequenceSlice { rows: 0..tokens.len(), first_position: 0, blocks: blocks.clone() };
-        let batch = Batch { tokens, sequences: vec![slice], logit_rows: Vec::new(), n_best: None };
+        let batch = Batch { tokens, sequences: vec![slice], ..Batch::default() };
         let states = self.backend.hidden_states(&batch);
         self.scheduler.pool.release(blocks);
         states.map_err(|e| InferenceError::device("hidden states", e))

@@ -302,16 +302,18 @@ fn a_full_context_ends_the_answer() {
 
 #[test]
 fn a_draft_model_changes_nothing_but_the_number_of_steps() {
-    // The model drafts for itself: every guess is right, greedy or not it would be verified.
+    // The model drafts for itself, with the same random numbers: every guess is right.
     let drafted = InferenceEngine::builder().draft_model("builtin").build_blocking().unwrap();
     let (fast, plain) = (builtin(&drafted), builtin(&engine()));
-    for options in [GenerationOptions::greedy(), GenerationOptions::default().seed(5)] {
+    let default = GenerationOptions::default().seed(5);
+    let unfiltered = default.clone().temperature(1.0).top_k(0).top_p(1.0).min_p(0.0);
+    for options in [GenerationOptions::greedy(), default, unfiltered] {
         let options = options.max_tokens(60).ignore_eos(true);
         let guessed = drafted.generate_blocking(&fast, "The old house", &options).unwrap();
         let expected = engine().generate_blocking(&plain, "The old house", &options).unwrap();
         assert_eq!(guessed.tokens, expected.tokens);
     }
-    assert!(fast.stats().steps * 2 < plain.stats().steps, "{:?} {:?}", fast.stats(), plain.stats());
+    assert!(fast.stats().steps * 4 < plain.stats().steps, "{:?} {:?}", fast.stats(), plain.stats());
 
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/goldens/bitnet-tiny/online");
     let other = InferenceEngine::builder().draft_model(folder).build_blocking().unwrap();

@@ -8,6 +8,7 @@
 use std::cmp::Ordering;
 
 use bitnet_core::cpu::math::{self, LANES, exp};
+use bitnet_core::noise::Noise;
 
 /// A token that may still be drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,7 +16,7 @@ pub(super) struct Candidate {
     pub(super) id: u32,
     /// Finite.
     pub(super) logit: f32,
-    /// `exp((logit - max) / temperature)` as of the last [`Distribution::weigh`].
+    /// `exp(logit - max)` as of the last [`Distribution::weigh`].
     weight: f32,
 }
 
@@ -99,10 +100,9 @@ pub(super) struct Distribution {
 
 impl Distribution {
     /// Gives every candidate its weight.
-    pub(super) fn weigh(candidates: &mut [Candidate], temperature: f32) -> Self {
+    pub(super) fn weigh(candidates: &mut [Candidate]) -> Self {
         let max = candidates.iter().fold(f32::NEG_INFINITY, |max, c| max.max(c.logit)) as f64;
-        let inverse = 1.0 / temperature as f64;
-        let weight = |logit: f32| exp(((logit as f64 - max) * inverse) as f32);
+        let weight = |logit: f32| exp((logit as f64 - max) as f32);
         let mut totals = [0.0_f64; LANES];
         let (groups, tail) = candidates.as_chunks_mut::<LANES>();
         for group in groups {
@@ -121,7 +121,7 @@ impl Distribution {
         Self { max, total }
     }
 
-    /// Natural logarithm of a candidate's probability, for a temperature of 1.
+    /// Natural logarithm of a candidate's probability.
     pub(super) fn ln_probability(&self, logit: f32) -> f64 {
         logit as f64 - self.max - libm::log(self.total)
     }
@@ -162,7 +162,7 @@ pub(super) fn typical(candidates: &mut Vec<Candidate>, p: f32) {
     if p >= 1.0 || candidates.len() <= 1 {
         return;
     }
-    let distribution = Distribution::weigh(candidates, 1.0);
+    let distribution = Distribution::weigh(candidates);
     // Entropy: the mean of -ln p, with ln p = (logit - max) - ln total.
     let moment: f64 =
         candidates.iter().map(|c| c.weight as f64 * (c.logit as f64 - distribution.max)).sum();
@@ -178,7 +178,7 @@ pub(super) fn top_p(candidates: &mut Vec<Candidate>, p: f32) {
     if p >= 1.0 || candidates.len() <= 1 {
         return;
     }
-    let distribution = Distribution::weigh(candidates, 1.0);
+    let distribution = Distribution::weigh(candidates);
     keep_mass(candidates, distribution, p, likelier);
 }
 
@@ -193,18 +193,40 @@ pub(super) fn min_p(candidates: &mut Vec<Candidate>, p: f32) {
     candidates.retain(|c| c.logit as f64 >= least || c.logit == max);
 }
 
-/// Draws from the softmax of `logit / temperature`: the candidate in whose share of [0, 1) `u`
-/// falls. `None` only for an empty list.
-pub(super) fn draw(candidates: &mut [Candidate], temperature: f32, u: f64) -> Option<u32> {
-    let target = u * Distribution::weigh(candidates, temperature).total;
-    let mut reached = 0.0;
-    let mut last = None;
-    for candidate in candidates.iter().filter(|c| c.weight > 0.0) {
-        reached += candidate.weight as f64;
-        last = Some(candidate.id);
-        if reached > target {
-            break;
+/// Draws from the softmax of `logit / temperature`, both in the noise. `None` only for an empty list.
+pub(super) fn draw(candidates: &[Candidate], noise: Noise) -> Option<u32> {
+    let noisy = candidates.iter().map(|c| (c.id, c.logit + noise.at(c.id)));
+    let better = |a: (u32, f32), b: (u32, f32)| match b.1 > a.1 || (b.1 == a.1 && b.0 < a.0) {
+        true => b,
+        false => a,
+    };
+    noisy.reduce(better).map(|(id, _)| id)
+}
+
+/// As [`draw`] from all legal logits; `None` if there are none.
+pub(super) fn draw_among_all(logits: &[f32], noise: Noise) -> Option<u32> {
+    let mut noisy = [0.0; 16 * LANES];
+    let mut best = None;
+    let mut best_logit = f32::NEG_INFINITY;
+    for (i, block) in logits.chunks(noisy.len()).enumerate() {
+        let first = i * noisy.len();
+        // Where no logit is within reach of the best one, noise need not be made.
+        let reach = finite(math::max(block)) + noise.largest();
+        if reach <= best_logit || reach == f32::NEG_INFINITY {
+            continue;
+        }
+        let noisy = &mut noisy[..block.len()];
+        noise.fill(first as u32, noisy);
+        for (noisy, &logit) in noisy.iter_mut().zip(block) {
+            // Not a number stays one, and is larger than nothing.
+            *noisy = if logit > f32::MAX { f32::MAX } else { logit } + *noisy;
+        }
+        let largest = math::max(noisy);
+        if largest > best_logit {
+            best_logit = largest;
+            let at = noisy.iter().position(|&logit| logit == largest);
+            best = at.map(|at| (first + at) as u32);
         }
     }
-    last
+    best
 }

@@ -27,9 +27,19 @@ struct HashModel {
     memory: usize,
     /// Slots that were never written are no error: a draft model's, where a prefix was reused.
     lenient: bool,
+    /// Leaves out all logits but the largest ones that a step asks for, as the CPU's head may.
+    frugal: bool,
 }
 
 impl HashModel {
+    /// Keeps the `n` largest after noise.
+    fn leave_out(logits: &mut [f32], n: usize, noise: Noise) {
+        let noisy = |id: usize| logits[id] + noise.at(id as u32);
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| noisy(b).total_cmp(&noisy(a)));
+        order.into_iter().skip(n).for_each(|id| logits[id] = f32::NEG_INFINITY);
+    }
+
     fn new(n_blocks: usize) -> Self {
         let slots = vec![None; n_blocks * BLOCK_TOKENS];
         Self {
@@ -40,6 +50,7 @@ impl HashModel {
             steps_left: None,
             memory: usize::MAX,
             lenient: false,
+            frugal: false,
         }
     }
 }
@@ -71,14 +82,19 @@ impl InferenceBackend for HashModel {
                 rows.push((row, past));
             }
         }
-        for row in &batch.logit_rows {
+        for (i, row) in batch.logit_rows.iter().enumerate() {
             let past = &rows.iter().find(|(r, _)| r == row).expect("a row of the batch").1;
             let recent = &past[past.len().saturating_sub(self.memory)..];
             let seed =
                 recent.iter().fold(7u64, |h, &t| (h ^ u64::from(t)).wrapping_mul(0x100_0000_01b3));
             let logit =
                 |i: u64| ((seed ^ i).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f32 / 2e6;
+            let start = logits.len();
             logits.extend((0..VOCAB as u64).map(logit));
+            if let (Some(n), true) = (batch.n_best, self.frugal) {
+                let noise = batch.noise.get(i).copied().unwrap_or_default();
+                Self::leave_out(&mut logits[start..], n, noise);
+            }
         }
         Ok(())
     }
@@ -159,6 +175,10 @@ fn worker_spared(
 
 fn request(prompt: &[u32], n_new: usize, seed: u64, priority: i32) -> Request {
     let options = GenerationOptions::new().seed(seed).temperature((seed % 2) as f32);
+    let options = match seed % 4 {
+        3 => options.top_k(0).top_p(1.0).min_p(0.0),
+        _ => options,
+    };
     let sampler = Sampler::new(&options, prompt, VOCAB).unwrap();
     let goal = Continuation { sampler, constraint: None, max_tokens: n_new, ending_tokens: vec![] };
     Request {

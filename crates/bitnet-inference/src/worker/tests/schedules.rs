@@ -111,10 +111,11 @@ proptest! {
         speculate in any::<bool>(),
         draft_memory in prop::sample::select(vec![None, Some(1), Some(usize::MAX)]),
         memory in prop::sample::select(vec![2, usize::MAX]),
+        frugal in any::<bool>(),
     ) {
-        let model = HashModel { memory, ..HashModel::new(n_blocks) };
+        let model = HashModel { memory, frugal, ..HashModel::new(n_blocks) };
         let draft = draft_memory
-            .map(|memory| HashModel { memory, lenient: true, ..HashModel::new(n_blocks) });
+            .map(|memory| HashModel { memory, lenient: true, frugal, ..HashModel::new(n_blocks) });
         let worker =
             worker_drafted(model, draft, max_sequences, max_tokens.max(max_sequences), speculate);
         let mut open: Vec<(Vec<String>, bool, Option<events::UnboundedReceiver<Event>>)> = Vec::new();
