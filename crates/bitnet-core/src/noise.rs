@@ -48,10 +48,17 @@ impl Noise {
         self.scale == 0.0
     }
 
-    /// No noise is more than this.
-    pub fn largest(&self) -> f32 {
-        // −ln of the smallest of the exponential numbers, 2⁻³², rounded up.
-        self.scale * 22.181
+    /// Whether the noise of one of `n` tokens from `first` on may be more than `least`: a cheaper
+    /// question than what it is, and mostly answered with no where `least` is large.
+    pub fn may_exceed(&self, least: f32, first: u32, n: u32) -> bool {
+        // −ln e > x needs e < exp(−x), and e = −ln(1 − u) is never below u.
+        let most = 1.001 * math::exp(-least / self.scale);
+        if self.is_none() || most >= 1.0 {
+            return true;
+        }
+        let most = (most / STEP) as u32 + 1;
+        let bits = (0..n).map(|i| hash(self.key, first.wrapping_add(i)) >> 1);
+        bits.fold(u32::MAX, u32::min) <= most
     }
 
     /// The noise of one token.
@@ -75,6 +82,9 @@ impl Noise {
     }
 }
 
+/// What one unit of a 31-bit number is worth.
+const STEP: f32 = 1.0 / (1_u32 << 31) as f32;
+
 /// Mixes a key and a token to 32 bits: rounds as those that end MurmurHash3, a word of the key before
 /// the first and one before the second.
 #[inline(always)]
@@ -92,7 +102,6 @@ fn hash(key: [u32; 2], token: u32) -> u32 {
 /// `−ln(1 − u)`: near 0, where it decides draws, it has all the resolution of `u`.
 #[inline(always)]
 fn exponential(bits: i32) -> f32 {
-    const STEP: f32 = 1.0 / (1_u32 << 31) as f32;
     let u = (bits as f32 + 0.5) * STEP;
     let rest = ((i32::MAX - bits) as f32 + 0.5) * STEP;
     // What rounding took from 1 − u; near u = 1 `rest` is exact enough without.
@@ -113,6 +122,21 @@ mod tests {
             let (got, want) = (f64::from(exponential(bits)), -(-u).ln_1p());
             assert!(got > 0.0 && (got / want - 1.0).abs() < 4e-7, "{bits}: {got} for {want}");
         }
+    }
+
+    #[test]
+    fn nothing_exceeds_what_it_may_not() {
+        let mut n_ruled_out = 0;
+        for i in 0..2_000_u32 {
+            let noise = Noise::new([i, 3], [0.01, 1.0, 50.0][i as usize % 3]);
+            let mut row = [0.0; 64];
+            noise.fill(i, &mut row);
+            let largest = math::max(&row);
+            assert!(noise.may_exceed(largest * 0.999, i, 64));
+            assert!(noise.may_exceed(-largest, i, 64));
+            n_ruled_out += u32::from(!noise.may_exceed(largest * 1.1, i, 64));
+        }
+        assert!(n_ruled_out > 1_900, "{n_ruled_out}");
     }
 
     #[test]

@@ -210,9 +210,10 @@ pub(super) fn draw_among_all(logits: &[f32], noise: Noise) -> Option<u32> {
     let mut best_logit = f32::NEG_INFINITY;
     for (i, block) in logits.chunks(noisy.len()).enumerate() {
         let first = i * noisy.len();
-        // Where no logit is within reach of the best one, noise need not be made.
-        let reach = finite(math::max(block)) + noise.largest();
-        if reach <= best_logit || reach == f32::NEG_INFINITY {
+        let largest = finite(math::max(block));
+        // A hair less than what is missing, for what rounding of the sum may add.
+        let missing = best_logit - largest - 1e-5 * (best_logit.abs() + largest.abs());
+        if !legal(largest) || !noise.may_exceed(missing, first as u32, block.len() as u32) {
             continue;
         }
         let noisy = &mut noisy[..block.len()];

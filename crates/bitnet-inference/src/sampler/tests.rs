@@ -119,6 +119,16 @@ proptest! {
     }
 
     #[test]
+    fn a_draw_from_all_is_a_draw_from_a_list_of_all(
+        logits in prop::collection::vec((-4000..4000_i32).prop_map(|l| l as f32 * 0.01), 1..2000),
+        temperature in 0.01..3.0_f32, seed: u64,
+    ) {
+        let noise = Noise::new(key(seed, 0), temperature);
+        let drawn = filters::draw_among_all(&logits, noise);
+        prop_assert_eq!(drawn, filters::draw(&candidates(&logits), noise));
+    }
+
+    #[test]
     fn logprobs_are_the_log_softmax_of_what_the_model_said(
         logits in logits(),
         n in 0..20_u32,
