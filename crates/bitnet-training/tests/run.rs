@@ -215,7 +215,7 @@ fn a_run_goes_on_as_what_it_began_as() {
     type Change<'a> = Box<dyn Fn(&mut Recipe) + 'a>;
     let changes: Vec<(&str, Change<'_>)> = vec![
         (
-            "expected corpus 1: tales.txt = ",
+            "expected corpus 1, file 1, tales.txt = ",
             Box::new(|r| r.stage[0].mix[0].files = vec![files[1].clone()]),
         ),
         (

@@ -26,7 +26,6 @@ pub(super) struct Parts<'a> {
 /// Every part by its name, as a word or as a SHA-256.
 pub(super) fn names(parts: Parts<'_>) -> BTreeMap<String, String> {
     let Parts { config, precision, encoder, separator, corpora, teacher } = parts;
-    let float = |value: f64| format!("{value:?}");
     let mut all = BTreeMap::from(
         [
             ("family", config.architecture.to_string()),
@@ -36,8 +35,8 @@ pub(super) fn names(parts: Parts<'_>) -> BTreeMap<String, String> {
             ("num_attention_heads", config.num_attention_heads.to_string()),
             ("num_key_value_heads", config.num_key_value_heads.to_string()),
             ("vocab_size", config.vocab_size.to_string()),
-            ("rms_norm_eps", float(config.rms_norm_eps.into())),
-            ("rope_theta", float(config.rope_theta)),
+            ("rms_norm_eps", format!("{:?}", config.rms_norm_eps)),
+            ("rope_theta", format!("{:?}", config.rope_theta)),
             ("rotary frequencies", rotation(config)),
             ("tie_word_embeddings", config.tie_word_embeddings.to_string()),
             (
@@ -60,9 +59,10 @@ pub(super) fn names(parts: Parts<'_>) -> BTreeMap<String, String> {
         ]
         .map(|(name, value)| (name.to_owned(), value)),
     );
-    for (number, corpus) in corpora.iter().enumerate() {
-        for file in &corpus.windows.tokens().info().files {
-            all.insert(format!("corpus {}: {}", number + 1, file.name), file.sha256.clone());
+    for (corpus, number) in corpora.iter().zip(1..) {
+        for (file, place) in corpus.windows.tokens().info().files.iter().zip(1..) {
+            let name = format!("corpus {number}, file {place}, {}", file.name);
+            all.insert(name, file.sha256.clone());
         }
     }
     all

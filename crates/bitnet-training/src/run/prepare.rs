@@ -398,3 +398,27 @@ fn windows(
     }
     Windows::new(tokens, recipe.train.window, seed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitnet_quant::config::RopeScaling;
+
+    #[test]
+    fn frequencies_that_no_settings_describe_are_found_out_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let origin = source::open(Path::new("builtin")).unwrap();
+        convert::write_text(&origin, folder.path(), true).unwrap();
+        let recipe = Recipe::default();
+        let mut config = origin.config().clone();
+        let check = |config: &ModelConfig| {
+            let model = Model::new(config.clone(), Precision::Ternary, 0).unwrap();
+            rehearse(&recipe, &model, folder.path(), None, 1)
+        };
+        check(&config).unwrap();
+        // As a GGUF file may have them.
+        config.rope_scaling = RopeScaling::Factors([7.0, 1.0].repeat(config.head_dim / 4));
+        let error = check(&config).unwrap_err().to_string();
+        assert!(error.contains("config.json has no name for its divisors"), "{error}");
+    }
+}

@@ -122,3 +122,32 @@ impl Probe {
         Ok(Sampled { step: self.step, prompt: prompt.to_owned(), text: answer.text })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Precision;
+    use crate::recipe::ModelRecipe;
+    use bitnet_inference::source;
+    use bitnet_quant::convert;
+
+    #[test]
+    fn a_window_fits_whatever_its_keys_and_values_take() {
+        let folder = tempfile::tempdir().unwrap();
+        convert::write_text(&source::open(Path::new("builtin")).unwrap(), folder.path(), true)
+            .unwrap();
+        let (recipe, window) = (ModelRecipe::default(), 10_000);
+        let recipe = ModelRecipe {
+            intermediate_size: Some(64),
+            num_hidden_layers: Some(16),
+            num_key_value_heads: Some(4),
+            ..recipe
+        };
+        let config = recipe.config("wide", 4096, window).unwrap();
+        // 32 KiB a token: more than the least memory.
+        assert!(window as u64 * 16 * 2 * 256 * 4 > LEAST_KV_BYTES);
+        let model = Model::new(config, Precision::Ternary, 0).unwrap();
+        let probe = Probe::new(&model, folder.path(), 0, window, 1).unwrap();
+        assert_eq!(probe.model.context_length(), window);
+    }
+}
