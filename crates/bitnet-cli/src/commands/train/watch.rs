@@ -17,6 +17,9 @@ const NEW: f64 = 0.05;
 /// Time between two lines where there is no bar.
 const LINE_EVERY: Duration = Duration::from_secs(20);
 
+/// The bar's label while a tokenizer is made.
+const MAKING_TOKENIZER: &str = "tokenizer";
+
 /// Shows a run.
 pub(super) struct Watch<'a> {
     term: &'a Term,
@@ -39,7 +42,10 @@ impl<'a> Watch<'a> {
     pub(super) fn hear(&mut self, event: &Event<'_>) {
         match event {
             Event::TrainingTokenizer(read) => {
-                self.reading("making a tokenizer", "counting words, then merging", *read);
+                if self.label != MAKING_TOKENIZER {
+                    self.say("making a tokenizer");
+                }
+                self.reading(MAKING_TOKENIZER, "words to count and merge", *read);
             }
             Event::TrainedTokenizer(made) => self.say(&format!(
                 "made a tokenizer of {} tokens from {} of text",
