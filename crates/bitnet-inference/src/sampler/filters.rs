@@ -220,7 +220,7 @@ pub(super) fn draw_among_all(logits: &[f32], noise: Noise) -> Option<u32> {
         noise.fill(first as u32, noisy);
         for (noisy, &logit) in noisy.iter_mut().zip(block) {
             // Not a number stays one, and is larger than nothing.
-            *noisy = if logit > f32::MAX { f32::MAX } else { logit } + *noisy;
+            *noisy += if logit > f32::MAX { f32::MAX } else { logit };
         }
         let largest = math::max(noisy);
         if largest > best_logit {
