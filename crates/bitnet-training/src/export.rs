@@ -76,10 +76,11 @@ fn files(model: &Model, text: &Path) -> Result<Vec<(String, Bytes)>> {
 /// A form that cannot hold the model.
 pub fn check(checkpoint: &Checkpoint, precision: Precision, target: Target) -> Result<()> {
     let options = options(precision, target)?;
-    Ok(match precision {
+    match precision {
         Precision::Ternary => quantize::check(checkpoint, &QuantizeOptions::new(options))?,
         Precision::Float => convert::check(checkpoint, options)?,
-    })
+    }
+    Ok(())
 }
 
 /// Writes a checkpoint that [`checkpoint()`] made: a folder or a GGUF file, as `target` demands.
