@@ -69,7 +69,7 @@ fn files(model: &Model, text: &Path) -> Result<Vec<(String, Bytes)>> {
     Ok(files)
 }
 
-/// Whether [`write`] can make this form of a checkpoint that [`checkpoint()`] made; to be asked before
+/// Whether [`write()`] can make this form of a checkpoint that [`checkpoint()`] made; to be asked before
 /// a long run.
 ///
 /// # Errors
