@@ -3,7 +3,7 @@
 //! Logits of a whole step would be the largest array of all, so tokens pass in pieces: logits of a
 //! piece become its loss, then its gradient, in the same place.
 
-use crate::distill::{ExtraLoss, Place};
+use crate::distill::Comparison;
 use crate::matmul::{View, matmul};
 use crate::model::Places;
 use crate::vector::{self, softmax, vectorized};
@@ -42,17 +42,9 @@ impl Head {
         &self.d_hidden
     }
 
-    /// Logits of the first `n` tokens, `(n, vocab)`.
-    pub(crate) fn logits(
-        &self,
-        values: &[f32],
-        places: &Places,
-        config: &ModelConfig,
-        n: usize,
-        out: &mut Vec<f32>,
-    ) {
-        out.resize(n * config.vocab_size, 0.0);
-        piece_logits(&self.hidden, values, places, config, 0, n, out);
+    /// What [`Head::normalize`] made, `(n, hidden)`.
+    pub(crate) fn hidden(&self) -> &[f32] {
+        &self.hidden
     }
 
     /// The loss of the windows' predictions.
@@ -91,6 +83,7 @@ impl Head {
         config: &ModelConfig,
         windows: Windows<'_>,
         goal: Goal<'_>,
+        mut comparison: Option<&mut (dyn Comparison + '_)>,
         gradients: &mut [f32],
     ) -> Sums {
         let (vocab, width) = (config.vocab_size, config.hidden_size);
@@ -98,6 +91,7 @@ impl Head {
         let table = &values[place.clone()];
         let d_table = &mut gradients[place.clone()];
         let mut sums = Sums::default();
+        let scale = goal.scale * goal.extra.map_or(1.0, |extra| extra.token_weight());
         let n = windows.rows * windows.len;
         self.d_hidden.resize(n * width, 0.0);
         self.logits.resize(PIECE.min(n) * vocab, 0.0);
@@ -105,15 +99,14 @@ impl Head {
             let count = PIECE.min(n - first);
             let logits = &mut self.logits[..count * vocab];
             piece_logits(&self.hidden, values, places, config, first, count, logits);
-            let extra = goal.extra.map(|extra| {
+            if let Some(comparison) = &mut comparison {
                 self.gradient.clear();
                 self.gradient.resize(count * vocab, 0.0);
-                let (loss, weight) =
-                    ask(extra, windows, first, count, logits, goal.scale, &mut self.gradient);
-                sums.extra += loss;
-                weight
-            });
-            let scale = goal.scale * extra.unwrap_or(1.0);
+                let counts: Vec<bool> =
+                    (first..first + count).map(|i| windows.target(i).1).collect();
+                let gradient = &mut self.gradient;
+                sums.extra += comparison.logits(first, logits, &counts, goal.scale, gradient);
+            }
             for (i, row) in logits.chunks_exact_mut(vocab).enumerate() {
                 let (target, counts) = windows.target(first + i);
                 if !counts {
@@ -126,7 +119,7 @@ impl Head {
                 row[target] -= 1.0;
                 vectorized(|| row.iter_mut().for_each(|d| *d *= scale));
             }
-            if extra.is_some() {
+            if comparison.is_some() {
                 vector::add(logits, &self.gradient);
             }
             let (d_view, rows) = (View::rows(0, vocab), View::rows(first * width, width));
@@ -151,8 +144,8 @@ impl Head {
     }
 }
 
-/// Logits of the tokens from `first` on, as many as `out` has room for.
-fn piece_logits(
+/// Logits of the `count` tokens from `first` on, of which `hidden` has the states after the final norm.
+pub(crate) fn piece_logits(
     hidden: &[f32],
     values: &[f32],
     places: &Places,
@@ -178,21 +171,4 @@ fn cross_entropy(row: &mut [f32], target: usize) -> f64 {
     let logit = row[target];
     let (max, total) = vectorized(|| softmax(row));
     f64::from(max) + libm::log(f64::from(total)) - f64::from(logit)
-}
-
-/// Asks for a loss on the logits of a piece, window by window where a piece has several; returns
-/// it and the weight of the loss of the next token.
-fn ask(
-    extra: &dyn ExtraLoss,
-    windows: Windows<'_>,
-    first: usize,
-    count: usize,
-    logits: &[f32],
-    scale: f32,
-    gradient: &mut [f32],
-) -> (f64, f32) {
-    let counts: Vec<bool> = (first..first + count).map(|i| windows.target(i).1).collect();
-    let place = Place { first_token: first, ..windows.place };
-    let loss = extra.logits(place, logits, &counts, scale, gradient);
-    (loss, extra.token_weight())
 }

@@ -33,4 +33,4 @@ pub use error::{Error, Result};
 pub use model::{Model, Parameter, ParameterKind, Precision};
 pub use optimizer::AdamW;
 pub use schedule::{Schedule, Shape};
-pub use trainer::{Shown, StepStats, TrainOptions, Trainer};
+pub use trainer::{StepStats, TrainOptions, Trainer};

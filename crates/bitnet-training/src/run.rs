@@ -241,9 +241,6 @@ impl Run {
             .collect::<Result<_>>()?;
         let counted: usize = batches.iter().map(Batch::counted).sum();
         let ahead = self.progress(counted as u64);
-        if let Some(teacher) = &mut self.teacher {
-            teacher.look(&batches)?;
-        }
         let extra = self.teacher.as_ref().map(|teacher| teacher as &dyn ExtraLoss);
         let stats = self.trainer.step(&batches, ahead, extra)?;
         let seconds = begun.elapsed().as_secs_f64();

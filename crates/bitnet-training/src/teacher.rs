@@ -1,4 +1,4 @@
-//! Distillation: a float model teaches a ternary one of its own shape.
+//! Distillation: a model, float as a rule, teaches a ternary one.
 //!
 //! The student begins as the teacher, with norms before the output and down projections if asked for,
 //! and learns three things on each window: the next token, the teacher's distribution of it, and how
@@ -9,17 +9,24 @@
 //! R = softmax(x xᵀ / √d)   for x = q, k, v of each head, over the tokens of a window
 //! ```
 //!
-//! The relations are those of MiniLM, the sum that of BitDistill.
+//! The first two are means over the predictions that count, the relations over all tokens: those that
+//! need not be predicted are looked back on too. The relations are those of MiniLM, the sum that of
+//! BitDistill.
 
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
+use bitnet_core::cpu::CpuBackend;
+use bitnet_core::weights::Matrix;
+use bitnet_quant::Checkpoint;
 use bitnet_quant::config::{Architecture, ModelConfig};
 
-use crate::batch::Batch;
-use crate::distill::{ExtraLoss, Place, RelationGradients, Relations};
+use crate::distill::{Comparison, ExtraLoss, RelationGradients, Relations};
 use crate::error::{Error, Result};
+use crate::head::piece_logits;
 use crate::model::{Model, Precision};
-use crate::trainer::{Shown, TrainOptions, Trainer};
+use crate::weights::Weights;
+use crate::worker::{Shown, Windows, Worker};
 
 /// How much each part of the loss counts.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,21 +43,22 @@ pub struct DistillOptions {
     pub layer: Option<usize>,
 }
 
-/// A teacher, and what it says of the batches of a step.
+/// A teacher. It computes windows on the thread that asks, just before its student does.
 pub struct Teacher {
-    trainer: Trainer,
+    model: Model,
+    weights: Weights,
     options: DistillOptions,
     layer: Option<usize>,
-    /// For each batch: predictions of a window, and what the teacher computes.
-    shown: Vec<(usize, Shown)>,
+    /// Buffers that no thread uses now.
+    idle: Mutex<Vec<Worker>>,
 }
 
 impl Teacher {
-    /// A teacher for students of the same shape.
+    /// A teacher for students with the same vocabulary, and the same heads if relations count.
     ///
     /// # Errors
     /// [`Error::Setting`] for shares or a layer out of range.
-    pub fn new(model: Model, options: DistillOptions, threads: TrainOptions) -> Result<Self> {
+    pub fn new(model: Model, options: DistillOptions) -> Result<Self> {
         for (what, value) in [
             ("distill.token", options.token),
             ("distill.logits", options.logits),
@@ -69,21 +77,53 @@ impl Teacher {
             return Err(Error::setting("distill.layer", format!("below {layers}"), layer));
         }
         let layer = (options.attention > 0.0).then_some(layer);
-        Ok(Self { trainer: Trainer::new(model, threads)?, options, layer, shown: Vec::new() })
+        let weights = Weights::new(&model, &mut CpuBackend::new(Some(1), None)?)?;
+        Ok(Self { model, weights, options, layer, idle: Mutex::new(Vec::new()) })
     }
 
-    /// Looks at the batches of the next step.
-    ///
-    /// # Errors
-    /// [`Error::Data`] for a batch that does not fit the teacher.
-    pub fn look(&mut self, batches: &[Batch]) -> Result<()> {
-        let show = |batch: &Batch| Ok((batch.len, self.trainer.show(batch, self.layer)?));
-        self.shown = batches.iter().map(show).collect::<Result<_>>()?;
-        Ok(())
+    /// What it knows.
+    pub fn model(&self) -> &Model {
+        &self.model
     }
 
-    fn head_dim(&self) -> usize {
-        self.trainer.model().config().head_dim
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Worker>> {
+        // A thread that panicked has not put its buffers back; those that are here are whole.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, tokens: &[u32], rows: usize, len: usize) -> Result<Shown> {
+        let idle = self.idle().pop();
+        let mut worker = match idle {
+            Some(worker) => worker,
+            None => Worker::new(self.model.config())?,
+        };
+        let windows = Windows { tokens, mask: &[], rows, len };
+        let shown = worker.show(&self.weights, &self.model.places, windows, self.layer);
+        self.idle().push(worker);
+        shown
+    }
+}
+
+/// The model of a teacher: it computes as it does in the engine, with float projections or ternary ones.
+///
+/// # Errors
+/// A checkpoint that cannot be read, or that has projections of both kinds.
+pub fn open(checkpoint: &Checkpoint) -> Result<Model> {
+    let (mut ternary, mut float) = (None, None);
+    for path in checkpoint.projections() {
+        match checkpoint.linear(&path)?.matrix {
+            Matrix::Ternary { .. } => ternary = Some(path),
+            Matrix::Float(_) => float = Some(path),
+        }
+    }
+    match (ternary, float) {
+        (Some(ternary), Some(float)) => {
+            let expected = "projections that are all float or all ternary";
+            let got = format!("{float} and ternary {ternary}");
+            Err(Error::setting("distill.teacher", expected, got))
+        }
+        (Some(_), None) => Model::from_checkpoint(checkpoint, Precision::Ternary),
+        (None, _) => Model::from_checkpoint(checkpoint, Precision::Float),
     }
 }
 
@@ -115,6 +155,35 @@ pub fn student(teacher: &Model, sub_norms: bool) -> Result<Model> {
 }
 
 impl ExtraLoss for Teacher {
+    fn suits(&self, student: &ModelConfig) -> Result<()> {
+        let teacher = self.model.config();
+        let same = |what: &str, student: usize, teacher: usize| match student == teacher {
+            true => Ok(()),
+            false => {
+                let expected = format!("a model with the student's {what}, {student}");
+                Err(Error::setting("distill.teacher", expected, teacher))
+            }
+        };
+        same("vocab_size", student.vocab_size, teacher.vocab_size)?;
+        let Some(layer) = self.layer else { return Ok(()) };
+        if layer >= student.num_hidden_layers {
+            let expected = format!("below the student's {} layers", student.num_hidden_layers);
+            return Err(Error::setting("distill.layer", expected, layer));
+        }
+        let heads = |config: &ModelConfig| {
+            let ModelConfig { num_attention_heads, num_key_value_heads, head_dim, .. } = *config;
+            format!(
+                "{num_attention_heads} query and {num_key_value_heads} key/value heads of {head_dim}"
+            )
+        };
+        if heads(student) != heads(teacher) {
+            let expected =
+                format!("a model with the student's {}, or attention = 0", heads(student));
+            return Err(Error::setting("distill.teacher", expected, heads(teacher)));
+        }
+        Ok(())
+    }
+
     fn token_weight(&self) -> f32 {
         self.options.token
     }
@@ -123,32 +192,58 @@ impl ExtraLoss for Teacher {
         self.layer
     }
 
+    fn look(&self, tokens: &[u32], rows: usize, len: usize) -> Result<Box<dyn Comparison + '_>> {
+        let shown = self.show(tokens, rows, len)?;
+        Ok(Box::new(Look { teacher: self, shown, logits: Vec::new(), student: Vec::new() }))
+    }
+}
+
+/// What the teacher computed on some windows. Its logits would be much larger than the hidden states
+/// they come from, so they are made where they are compared.
+struct Look<'a> {
+    teacher: &'a Teacher,
+    shown: Shown,
+    /// Of the tokens that are compared, `(tokens, vocab)`.
+    logits: Vec<f32>,
+    student: Vec<f32>,
+}
+
+impl Comparison for Look<'_> {
     fn logits(
-        &self,
-        place: Place,
+        &mut self,
+        first_token: usize,
         logits: &[f32],
         counts: &[bool],
         scale: f32,
         gradient: &mut [f32],
     ) -> f64 {
-        if self.options.logits == 0.0 {
+        let Teacher { model, options, .. } = self.teacher;
+        if options.logits == 0.0 || !counts.contains(&true) {
             return 0.0;
         }
-        let (len, shown) = &self.shown[place.batch];
-        let vocab = logits.len() / counts.len();
-        let first = place.first_row * len + place.first_token;
-        let (temperature, weight) = (self.options.temperature, self.options.logits * scale);
-        let mut teacher = vec![0.0; vocab];
-        let mut student = vec![0.0; vocab];
+        let vocab = model.config().vocab_size;
+        self.logits.resize(counts.len() * vocab, 0.0);
+        self.student.resize(vocab, 0.0);
+        piece_logits(
+            &self.shown.hidden,
+            &model.values,
+            &model.places,
+            model.config(),
+            first_token,
+            counts.len(),
+            &mut self.logits,
+        );
+        let (temperature, weight) = (options.temperature, options.logits * scale);
+        let student = &mut self.student[..];
         let mut loss = 0.0;
-        for (i, _) in counts.iter().enumerate().filter(|(_, counts)| **counts) {
-            let row = i * vocab..(i + 1) * vocab;
-            teacher.copy_from_slice(&shown.logits[(first + i) * vocab..][..vocab]);
-            student.copy_from_slice(&logits[row.clone()]);
-            softmax(&mut teacher, 1.0 / temperature);
-            softmax(&mut student, 1.0 / temperature);
-            loss += kl(&teacher, &student) * f64::from(temperature * temperature * weight);
-            for ((gradient, t), s) in gradient[row].iter_mut().zip(&teacher).zip(&student) {
+        let rows = logits.chunks_exact(vocab).zip(gradient.chunks_exact_mut(vocab));
+        let rows = self.logits.chunks_exact_mut(vocab).zip(rows).zip(counts);
+        for ((teacher, (logits, gradient)), _) in rows.filter(|(_, counts)| **counts) {
+            student.copy_from_slice(logits);
+            softmax(teacher, 1.0 / temperature);
+            softmax(student, 1.0 / temperature);
+            loss += kl(teacher, student) * f64::from(temperature * temperature * weight);
+            for ((gradient, t), s) in gradient.iter_mut().zip(&*teacher).zip(&*student) {
                 *gradient += temperature * weight * (s - t);
             }
         }
@@ -156,23 +251,20 @@ impl ExtraLoss for Teacher {
     }
 
     fn relations(
-        &self,
-        place: Place,
+        &mut self,
         relations: Relations<'_>,
         scale: f32,
         gradient: RelationGradients<'_>,
     ) -> f64 {
-        let Some(teacher) = &self.shown[place.batch].1.relations else { return 0.0 };
+        let Some(teacher) = &self.shown.relations else { return 0.0 };
         let Relations { rows, len, q, k, v } = relations;
-        let weight = self.options.attention * scale / 3.0;
-        let dim = self.head_dim();
+        let weight = self.teacher.options.attention * scale / 3.0;
+        let dim = self.teacher.model.config().head_dim;
         let mut loss = 0.0;
         for ((teacher, student), gradient) in
             teacher.iter().zip([q, k, v]).zip([gradient.q, gradient.k, gradient.v])
         {
             let width = student.len() / (rows * len);
-            let first = place.first_row * len * width;
-            let teacher = &teacher[first..first + student.len()];
             for row in 0..rows {
                 let window = row * len * width..(row + 1) * len * width;
                 let (teacher, student) = (&teacher[window.clone()], &student[window.clone()]);
@@ -246,122 +338,4 @@ fn kl(p: &[f32], q: &[f32]) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::recipe::{ModelRecipe, Recipe};
-
-    fn float_model(seed: u64) -> Model {
-        let recipe = ModelRecipe {
-            family: Some(crate::recipe::Family::Llama),
-            hidden_size: Some(32),
-            intermediate_size: Some(64),
-            num_hidden_layers: Some(2),
-            num_attention_heads: Some(4),
-            num_key_value_heads: Some(2),
-            ..Default::default()
-        };
-        let model =
-            Model::new(recipe.config("t", 50, 16).unwrap(), Precision::Float, seed).unwrap();
-        // Larger weights than new ones, or there would be nothing to teach.
-        let louder = |values: &[f32]| values.iter().map(|x| x * 8.0).collect();
-        let tensors = model
-            .named_parameters()
-            .map(|(p, values)| (p.name.clone(), (p.shape.clone(), louder(values))))
-            .collect();
-        Model::from_tensors(model.config().clone(), Precision::Float, &tensors).unwrap()
-    }
-
-    fn options() -> TrainOptions {
-        let mut recipe = Recipe::default();
-        recipe.train.threads = 1;
-        recipe.options()
-    }
-
-    fn batch() -> Batch {
-        let tokens = (0..2 * 9).map(|i| (i * 7 + 3) % 50).collect();
-        Batch { tokens, rows: 2, len: 8, loss_mask: None }
-    }
-
-    fn teacher(attention: f32) -> Teacher {
-        let parts =
-            DistillOptions { token: 0.0, logits: 2.0, temperature: 3.0, attention, layer: Some(1) };
-        let mut teacher = Teacher::new(float_model(1), parts, options()).unwrap();
-        teacher.look(&[batch()]).unwrap();
-        teacher
-    }
-
-    #[test]
-    fn a_teacher_has_nothing_to_say_to_itself() {
-        let teacher = teacher(1.0);
-        let (_, shown) = &teacher.shown[0];
-        let mut gradient = vec![0.0; shown.logits.len()];
-        let place = Place { batch: 0, first_row: 0, first_token: 0 };
-        let loss = teacher.logits(place, &shown.logits, &[true; 16], 1.0, &mut gradient);
-        assert!(loss.abs() < 1e-6 && gradient.iter().all(|x| x.abs() < 1e-6));
-        let [q, k, v] = shown.relations.as_ref().unwrap();
-        let mut gradients = [q, k, v].map(|x| vec![0.0; x.len()]);
-        let [dq, dk, dv] = &mut gradients;
-        let relations = Relations { rows: 2, len: 8, q, k, v };
-        let into = RelationGradients { q: dq, k: dk, v: dv };
-        assert!(teacher.relations(place, relations, 1.0, into).abs() < 1e-6);
-        assert!(gradients.iter().flatten().all(|x| x.abs() < 1e-6));
-    }
-
-    /// Moves one number at a time and compares the change of the loss with the gradient.
-    fn check(values: &[f32], gradient: &[f32], loss: impl Fn(&[f32]) -> f64) {
-        let step = 1e-2;
-        for i in (0..values.len()).step_by(values.len() / 23 + 1) {
-            let moved = |by: f32| {
-                let mut moved = values.to_vec();
-                moved[i] += by;
-                loss(&moved)
-            };
-            let slope = (moved(step) - moved(-step)) / f64::from(2.0 * step);
-            let expected = f64::from(gradient[i]);
-            assert!((slope - expected).abs() < 1e-3 + 0.02 * expected.abs(), "{slope} {expected}");
-        }
-    }
-
-    #[test]
-    fn gradients_are_slopes_of_the_loss() {
-        let teacher = teacher(30.0);
-        let place = Place { batch: 0, first_row: 1, first_token: 0 };
-        let logits: Vec<f32> = (0..8 * 50).map(|i| (i as f32 * 0.37).sin()).collect();
-        let counts = [true, false, true, true, true, true, true, true];
-        let mut gradient = vec![0.0; logits.len()];
-        teacher.logits(place, &logits, &counts, 1.0, &mut gradient);
-        assert!(gradient[50..100].iter().all(|&x| x == 0.0), "what does not count is left alone");
-        check(&logits, &gradient, |x| {
-            teacher.logits(place, x, &counts, 1.0, &mut vec![0.0; x.len()])
-        });
-        let q: Vec<f32> = (0..8 * 32).map(|i| (i as f32 * 0.51).sin()).collect();
-        let k: Vec<f32> = (0..8 * 16).map(|i| (i as f32 * 0.23).cos()).collect();
-        let run = |q: &[f32], into: &mut [f32]| {
-            let (mut dk, mut dv) = (vec![0.0; k.len()], vec![0.0; k.len()]);
-            let relations = Relations { rows: 1, len: 8, q, k: &k, v: &k };
-            teacher.relations(
-                place,
-                relations,
-                1.0,
-                RelationGradients { q: into, k: &mut dk, v: &mut dv },
-            )
-        };
-        let mut gradient = vec![0.0; q.len()];
-        run(&q, &mut gradient);
-        check(&q, &gradient, |x| run(x, &mut vec![0.0; x.len()]));
-    }
-
-    #[test]
-    fn a_student_comes_closer_to_its_teacher() {
-        let mut teacher = teacher(1.0);
-        let mut student = Trainer::new(student(&float_model(1), true).unwrap(), options()).unwrap();
-        assert!(student.model().config().sub_norms);
-        let batches = [batch()];
-        let mut losses = Vec::new();
-        for _ in 0..60 {
-            teacher.look(&batches).unwrap();
-            losses.push(student.step(&batches, 0.3, Some(&teacher)).unwrap().extra_loss);
-        }
-        assert!(losses[59] < 0.5 * losses[0], "{} to {}", losses[0], losses[59]);
-    }
-}
+mod tests;

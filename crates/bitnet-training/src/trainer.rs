@@ -7,8 +7,9 @@
 //! Knows no files and no text.
 
 use crate::batch::Batch;
-use crate::distill::{ExtraLoss, Place};
+use crate::distill::ExtraLoss;
 use crate::error::{Error, Result};
+use crate::head::piece_logits;
 use crate::model::{Model, Parameter};
 use crate::optimizer::{AdamW, Moments};
 use crate::schedule::Schedule;
@@ -54,15 +55,6 @@ pub struct StepStats {
 /// enough for the activations to stay in the caches, and integer sums in 32 bits.
 const PIECE_TOKENS: usize = 512;
 
-/// What a model computes on windows, for teachers: see [`Trainer::show`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct Shown {
-    /// `(rows · len, vocab)`
-    pub logits: Vec<f32>,
-    /// Rotated queries, rotated keys and values of the layer asked for.
-    pub relations: Option<[Vec<f32>; 3]>,
-}
-
 /// A model being trained.
 pub struct Trainer {
     model: Model,
@@ -90,7 +82,7 @@ impl Trainer {
         if options.threads == 0 || options.threads > MAX_THREADS {
             return Err(Error::setting("threads", format!("1 to {MAX_THREADS}"), options.threads));
         }
-        let workers = (0..options.threads).map(|_| Worker::new(model.config(), &model.places));
+        let workers = (0..options.threads).map(|_| Worker::new(model.config()));
         Ok(Self {
             moments: Moments::new(model.places.len),
             steps: 0,
@@ -107,7 +99,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Data`] for batches that do not fit the model or in which nothing counts,
-    /// [`Error::Diverged`] if the loss or the gradient is no number. The model is then as it was.
+    /// [`Error::Setting`] for an extra loss that does not suit it, [`Error::Diverged`] if the loss or the gradient is no number. The model is then as it was.
     pub fn step(
         &mut self,
         batches: &[Batch],
@@ -165,41 +157,33 @@ impl Trainer {
     /// [`Error::Data`] for a batch that does not fit the model.
     pub fn eval(&mut self, batch: &Batch) -> Result<(f64, usize)> {
         batch.check(self.model.config.vocab_size)?;
-        let windows = pieces(0, batch);
+        let windows = pieces(batch);
         let sums = self.share_out(&windows, |worker, weights, model, windows| {
             worker.measure(weights, &model.places, windows)
         })?;
         Ok((sums.nats, sums.counted))
     }
 
-    /// What the model computes on all windows of a batch: logits, and rotated queries, rotated keys
-    /// and values of `layer`. On one thread.
+    /// The logits of all windows of a batch, `(rows · len, vocab)`: for tests, on one thread.
     ///
     /// # Errors
-    /// [`Error::Data`] for a batch that does not fit the model, [`Error::Setting`] for a layer it
-    /// does not have.
-    pub fn show(&mut self, batch: &Batch, layer: Option<usize>) -> Result<Shown> {
-        batch.check(self.model.config.vocab_size)?;
-        let layers = self.model.config.num_hidden_layers;
-        if let Some(layer) = layer
-            && layer >= layers
-        {
-            return Err(Error::setting("layer", format!("below {layers}"), layer));
-        }
+    /// [`Error::Data`] for a batch that does not fit the model.
+    pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+        let (places, vocab) = (self.model.places.clone(), self.model.config.vocab_size);
+        batch.check(vocab)?;
         self.quantize()?;
         let weights = self.weights.as_ref().expect("just made");
-        let mut shown = Shown { logits: Vec::new(), relations: None };
-        let mut logits = Vec::new();
-        for windows in pieces(0, batch) {
-            let worker = &mut self.workers[0];
-            let relations =
-                worker.show(weights, &self.model.places, windows, layer, &mut logits)?;
-            shown.logits.extend_from_slice(&logits);
-            let Some(relations) = relations else { continue };
-            let all = shown.relations.get_or_insert_default();
-            all.iter_mut().zip(relations).for_each(|(all, part)| all.extend(part));
+        let mut logits = vec![0.0; batch.rows * batch.len * vocab];
+        let mut rest = &mut logits[..];
+        for windows in pieces(batch) {
+            let shown = self.workers[0].show(weights, &places, windows, None)?;
+            let n = windows.rows * windows.len;
+            let (these, others) = rest.split_at_mut(n * vocab);
+            let (values, config) = (&self.model.values, &self.model.config);
+            piece_logits(&shown.hidden, values, &places, config, 0, n, these);
+            rest = others;
         }
-        Ok(shown)
+        Ok(logits)
     }
 
     /// The model as it is now.
@@ -263,16 +247,20 @@ impl Trainer {
         for batch in batches {
             batch.check(self.model.config.vocab_size)?;
         }
+        if let Some(extra) = extra {
+            extra.suits(&self.model.config)?;
+        }
         let counted: usize = batches.iter().map(Batch::counted).sum();
         if counted == 0 {
             return Err(Error::Data("no prediction of the step counts".into()));
         }
         for worker in &mut self.workers {
-            worker.gradients.fill(0.0);
+            worker.gradients.clear();
+            worker.gradients.resize(self.model.places.len, 0.0);
         }
-        let goal = Goal { scale: 1.0 / counted as f32, extra };
-        let windows: Vec<_> =
-            batches.iter().enumerate().flat_map(|(i, batch)| pieces(i, batch)).collect();
+        let all: usize = batches.iter().map(|batch| batch.rows * batch.len).sum();
+        let goal = Goal { scale: 1.0 / counted as f32, scale_of_all: 1.0 / all as f32, extra };
+        let windows: Vec<_> = batches.iter().flat_map(pieces).collect();
         let sums = self.share_out(&windows, |worker, weights, model, windows| {
             worker.learn(weights, &model.places, windows, goal)
         })?;
@@ -328,7 +316,7 @@ impl Trainer {
 }
 
 /// The windows of a batch, in pieces that a thread takes at a time.
-fn pieces(index: usize, batch: &Batch) -> Vec<Windows<'_>> {
+fn pieces(batch: &Batch) -> Vec<Windows<'_>> {
     let (rows_each, width) = ((PIECE_TOKENS / batch.len).max(1), batch.len + 1);
     (0..batch.rows)
         .step_by(rows_each)
@@ -341,7 +329,6 @@ fn pieces(index: usize, batch: &Batch) -> Vec<Windows<'_>> {
                 mask: if mask.is_empty() { mask } else { &mask[part] },
                 rows,
                 len: batch.len,
-                place: Place { batch: index, first_row, first_token: 0 },
             }
         })
         .collect()

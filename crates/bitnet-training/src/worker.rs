@@ -5,7 +5,7 @@
 //! costs little is computed again. Knows nothing of optimizers and other threads.
 
 use crate::attention;
-use crate::distill::{ExtraLoss, Place, RelationGradients, Relations};
+use crate::distill::{Comparison, ExtraLoss, RelationGradients, Relations};
 use crate::error::Result;
 use crate::head::Head;
 use crate::linear::{self, Input};
@@ -29,7 +29,6 @@ pub(crate) struct Windows<'a> {
     pub(crate) mask: &'a [bool],
     pub(crate) rows: usize,
     pub(crate) len: usize,
-    pub(crate) place: Place,
 }
 
 impl Windows<'_> {
@@ -45,6 +44,8 @@ impl Windows<'_> {
 pub(crate) struct Goal<'a> {
     /// One over the counted predictions of the step.
     pub(crate) scale: f32,
+    /// One over all predictions of the step.
+    pub(crate) scale_of_all: f32,
     pub(crate) extra: Option<&'a dyn ExtraLoss>,
 }
 
@@ -70,6 +71,14 @@ struct Kept {
     up: CpuBuffer,       // intermediate
 }
 
+/// What a model computes on some windows, for who compares models.
+pub(crate) struct Shown {
+    /// After the final norm, `(n, hidden)`.
+    pub(crate) hidden: Vec<f32>,
+    /// Rotated queries, rotated keys and values of the layer asked for.
+    pub(crate) relations: Option<[Vec<f32>; 3]>,
+}
+
 /// A thread's buffers, made for one shape of windows.
 pub(crate) struct Worker {
     config: ModelConfig,
@@ -79,7 +88,7 @@ pub(crate) struct Worker {
     /// Cosines, then sines, of each position, `(positions, head_dim)`.
     angles: Vec<f32>,
     shape: Option<Buffers>,
-    /// Gradients of the step, as the masters lie.
+    /// Gradients of the step, as the masters lie; empty before the first.
     pub(crate) gradients: Vec<f32>,
     scratch: linear::Scratch,
     attention: attention::Scratch,
@@ -98,7 +107,7 @@ struct Buffers {
 
 impl Worker {
     /// A thread for models of this shape.
-    pub(crate) fn new(config: &ModelConfig, places: &Places) -> Result<Self> {
+    pub(crate) fn new(config: &ModelConfig) -> Result<Self> {
         let mut backend = CpuBackend::new(Some(1), None)?;
         let rope = backend.rope(&RopeSpec {
             inv_freq: config.rope_frequencies(),
@@ -112,7 +121,7 @@ impl Worker {
             rope,
             angles: Vec::new(),
             shape: None,
-            gradients: vec![0.0; places.len],
+            gradients: Vec::new(),
             scratch: linear::Scratch::default(),
             attention: attention::Scratch::default(),
             head: Head::default(),
@@ -127,8 +136,12 @@ impl Worker {
         windows: Windows<'_>,
         goal: Goal<'_>,
     ) -> Result<Sums> {
+        let comparison = match goal.extra {
+            Some(extra) => Some(extra.look(windows.tokens, windows.rows, windows.len)?),
+            None => None,
+        };
         self.forward(weights, places, windows)?;
-        self.backward(weights, places, windows, goal)
+        self.backward(weights, places, windows, goal, comparison)
     }
 
     /// Loss of some windows.
@@ -146,24 +159,25 @@ impl Worker {
         Ok(self.head.loss(&weights.values, places, &self.config, windows))
     }
 
-    /// Runs the windows forward and shows logits, and queries, keys and values of a layer.
+    /// Runs the windows forward and shows hidden states, and queries, keys and values of a layer.
     pub(crate) fn show(
         &mut self,
         weights: &Weights,
         places: &Places,
         windows: Windows<'_>,
         layer: Option<usize>,
-        logits: &mut Vec<f32>,
-    ) -> Result<Option<[Vec<f32>; 3]>> {
+    ) -> Result<Shown> {
         self.forward(weights, places, windows)?;
         let n = windows.rows * windows.len;
         let shape = self.shape.as_mut().expect("made by `forward`");
         self.head.normalize(self.kernels, shape.out.rows(n)?, &weights.norm);
-        self.head.logits(&weights.values, places, &self.config, n, logits);
-        let Some(layer) = layer else { return Ok(None) };
+        let hidden = self.head.hidden().to_vec();
+        let Some(layer) = layer else { return Ok(Shown { hidden, relations: None }) };
         let kept = &mut shape.layers[layer];
         rotate_keys(&self.angles, &self.config, windows.len, kept.k.rows_mut(n)?);
-        Ok(Some([kept.q.rows(n)?.to_vec(), kept.k.rows(n)?.to_vec(), kept.v.rows(n)?.to_vec()]))
+        let relations =
+            [kept.q.rows(n)?.to_vec(), kept.k.rows(n)?.to_vec(), kept.v.rows(n)?.to_vec()];
+        Ok(Shown { hidden, relations: Some(relations) })
     }
 
     /// Makes room for windows of this shape.
@@ -270,6 +284,7 @@ impl Worker {
         places: &Places,
         windows: Windows<'_>,
         goal: Goal<'_>,
+        mut comparison: Option<Box<dyn Comparison + '_>>,
     ) -> Result<Sums> {
         let Windows { rows, len, .. } = windows;
         let n = rows * len;
@@ -285,7 +300,9 @@ impl Worker {
         // dx: the gradient of the residual stream, (n, hidden).
         let mut dx = vec![0.0; n * hidden];
         self.head.normalize(kernels, out.rows(n)?, &weights.norm);
-        let mut sums = self.head.learn(&weights.values, places, config, windows, goal, gradients);
+        let compare = comparison.as_deref_mut();
+        let mut sums =
+            self.head.learn(&weights.values, places, config, windows, goal, compare, gradients);
         norm_back(
             &weights.norm,
             out.rows(n)?,
@@ -352,11 +369,12 @@ impl Worker {
                 head_dim: config.head_dim,
             };
             attention::backward(shape, q, k, v, d_attended, d_qkv, &mut self.attention);
-            if let Some(extra) = goal.extra
-                && extra.layer() == Some(index)
+            if let Some(comparison) = &mut comparison
+                && goal.extra.and_then(|extra| extra.layer()) == Some(index)
             {
                 let relations = Relations { rows, len, q, k, v };
-                sums.extra += relate(extra, windows.place, relations, goal.scale, d_qkv, q_width);
+                sums.extra +=
+                    relate(&mut **comparison, relations, goal.scale_of_all, d_qkv, q_width);
             }
             rotate_gradients(&self.angles, config, len, d_qkv);
             let x = kept.x.rows(n)?;
@@ -463,8 +481,7 @@ fn rotate_gradients(angles: &[f32], config: &ModelConfig, len: usize, d_qkv: &mu
 
 /// Asks for the loss on queries, keys and values, and adds its gradients to `d_qkv`.
 fn relate(
-    extra: &dyn ExtraLoss,
-    place: Place,
+    comparison: &mut dyn Comparison,
     relations: Relations<'_>,
     scale: f32,
     d_qkv: &mut [f32],
@@ -474,7 +491,7 @@ fn relate(
         [relations.q, relations.k, relations.v].map(|x| vec![0.0f32; x.len()]);
     let kv_width = k.len() / (relations.rows * relations.len);
     let gradients = RelationGradients { q: &mut q, k: &mut k, v: &mut v };
-    let loss = extra.relations(place, relations, scale, gradients);
+    let loss = comparison.relations(relations, scale, gradients);
     for (i, d) in d_qkv.chunks_exact_mut(q_width + 2 * kv_width).enumerate() {
         let (d_q, d_kv) = d.split_at_mut(q_width);
         let (d_k, d_v) = d_kv.split_at_mut(kv_width);

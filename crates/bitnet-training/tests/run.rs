@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 
 use bitnet_inference::{EngineConfig, InferenceEngine, InferenceInput, KvType};
 use bitnet_quant::text::TextAssets;
-use bitnet_training::Error;
 use bitnet_training::data::Encoder;
-use bitnet_training::recipe::{CorpusRecipe, DistillRecipe, Family, Recipe, StageRecipe};
+use bitnet_training::recipe::{
+    CorpusRecipe, DistillRecipe, Family, ModelRecipe, Recipe, StageRecipe,
+};
 use bitnet_training::run::{Event, Place, Report, run};
+use bitnet_training::{Error, Model, Precision, export};
 
 /// Tales with words and order enough to learn something from: about 40 KB.
 fn tales(folder: &Path) -> PathBuf {
@@ -449,6 +451,29 @@ fn what_is_wrong_is_said_before_the_first_step() {
                 r.stage.push(StageRecipe { until: 1.0, mix });
             }),
         ),
+        (
+            "tokenizer: expected the teacher's, in which token 257 is",
+            Box::new(|r| {
+                r.model = Default::default();
+                r.distill = Some(DistillRecipe::new("builtin".into()));
+            }),
+        ),
+        (
+            "the student's 4 query and 2 key/value heads of 16, or attention = 0, got 4 query and 4",
+            Box::new(|r| {
+                r.model = Default::default();
+                r.from = Some(folder.path().join("two"));
+                r.distill = Some(DistillRecipe::new(folder.path().join("four")));
+            }),
+        ),
+        (
+            "the student's vocab_size, 320, got 330",
+            Box::new(|r| {
+                r.model = Default::default();
+                r.from = Some(folder.path().join("two"));
+                r.distill = Some(DistillRecipe::new(folder.path().join("more")));
+            }),
+        ),
     ];
     // One tokenizer for all, so that vocabularies can disagree with it.
     let tokenizer = folder.path().join("tokenizer");
@@ -462,6 +487,19 @@ fn what_is_wrong_is_said_before_the_first_step() {
     }
     let template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}";
     std::fs::write(deaf.join("chat_template.jinja"), template).unwrap();
+    for (name, kv_heads, vocab_size) in [("two", 2, 320), ("four", 4, 320), ("more", 2, 330)] {
+        let shape = ModelRecipe {
+            hidden_size: Some(64),
+            intermediate_size: Some(64),
+            num_hidden_layers: Some(1),
+            num_attention_heads: Some(4),
+            num_key_value_heads: Some(kv_heads),
+            ..ModelRecipe::default()
+        };
+        let config = shape.config(name, vocab_size, 48).unwrap();
+        let model = Model::new(config, Precision::Float, 1).unwrap();
+        export::write_masters(&model, &tokenizer, &folder.path().join(name)).unwrap();
+    }
     for (i, (expected, spoil)) in spoilt.iter().enumerate() {
         let mut recipe = Recipe { tokenizer: Some(tokenizer.clone()), ..good.clone() };
         spoil(&mut recipe);

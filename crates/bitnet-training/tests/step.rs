@@ -91,7 +91,7 @@ fn the_forward_pass_of_training_is_the_engines() {
         for _ in 0..4 {
             trainer.step(std::slice::from_ref(&windows), 0.2, None).unwrap();
         }
-        let trained = trainer.show(&windows, None).unwrap().logits;
+        let trained = trainer.logits(&windows).unwrap();
         // Ends inside and at the end of a block of the engine's cache, in both windows.
         let places: Vec<(usize, usize)> =
             [0, 1].iter().flat_map(|&row| [1, 7, 32, 33, 40].map(|end| (row, end))).collect();

@@ -8,6 +8,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use bitnet_inference::source;
+use bitnet_inference::tokenizer::Tokenizer;
 use bitnet_quant::Checkpoint;
 use bitnet_quant::config::ModelConfig;
 use bitnet_quant::convert::{self, TEXT_FILES};
@@ -19,9 +20,10 @@ use super::probe::Probe;
 use super::{Event, LONGEST_EVAL, Place, Run, Start, beginning, write_file};
 use crate::checkpoint::{self, Position};
 use crate::data::{Corpus, Encoder, Mixture, Share, Stage, Tokens, Windows, open_text};
+use crate::distill::ExtraLoss;
 use crate::error::{Error, Result};
 use crate::export;
-use crate::model::{Model, ParameterKind, Precision};
+use crate::model::{Model, ParameterKind};
 use crate::recipe::{CorpusRecipe, Form, Recipe, SampleRecipe};
 use crate::teacher::{self, Teacher};
 use crate::tokenizer::{TokenizerOptions, train_tokenizer};
@@ -74,7 +76,7 @@ impl Run {
         let teacher = match &recipe.distill {
             Some(distill) => {
                 let opened = source::open(&distill.teacher)?;
-                let model = Model::from_checkpoint(&opened, Precision::Float)?;
+                let model = teacher::open(&opened)?;
                 Some((opened, model, distill))
             }
             None => None,
@@ -96,6 +98,15 @@ impl Run {
         if let Some(student) = &student {
             config = ModelConfig { name: config.name, ..student.config().clone() };
         }
+        let teacher = match teacher {
+            Some((opened, model, distill)) => {
+                same_tokens(encoder.tokenizer(), &opened)?;
+                let teacher = Teacher::new(model, distill.options())?;
+                teacher.suits(&config)?;
+                Some(teacher)
+            }
+            None => None,
+        };
         let mut mixture = mixture(recipe, &encoder, &folder.join(TOKENS), hear)?;
         for corpus in mixture.corpora() {
             let tokens = corpus.windows.tokens();
@@ -112,7 +123,7 @@ impl Run {
             encoder: &encoder,
             separator: recipe.separator(),
             corpora: mixture.corpora(),
-            teacher: teacher.as_ref().map(|(_, model, _)| model),
+            teacher: teacher.as_ref().map(Teacher::model),
         });
         let (trainer, position) = match &saved {
             Some(saved) => {
@@ -142,10 +153,6 @@ impl Run {
         )?;
         write_file(&folder.join(RECIPE), recipe.to_toml()?.as_bytes())?;
         let log = Log::open(folder, position.step)?;
-        let teacher = match teacher {
-            Some((_, model, distill)) => Some(Teacher::new(model, distill.options(), options)?),
-            None => None,
-        };
         let (recipe, folder) = (recipe.clone(), folder.clone());
         let length = recipe.length()?;
         let run =
@@ -332,6 +339,27 @@ fn copy_text(source: &Path, folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether every token is the same piece of text to the teacher; its distribution would be one of other
+/// tokens.
+fn same_tokens(ours: &Tokenizer, teacher: &Checkpoint) -> Result<()> {
+    if teacher.text().tokenizer.is_none() {
+        return Ok(()); // a model without one is taken at its word
+    }
+    let theirs = Tokenizer::from_assets(teacher.text())
+        .map_err(|error| Error::input("the teacher's tokenizer", "one that can be read", error))?;
+    let count = ours.vocab_size().max(theirs.vocab_size()) as u32;
+    let token = |tokenizer: &Tokenizer, id| {
+        format!("token {id} is {:?}", String::from_utf8_lossy(tokenizer.token_bytes(id)))
+    };
+    match (0..count).find(|&id| ours.token_bytes(id) != theirs.token_bytes(id)) {
+        Some(id) => {
+            let expected = format!("the teacher's, in which {}", token(&theirs, id));
+            Err(Error::setting("tokenizer", expected, format!("one in which {}", token(ours, id))))
+        }
+        None => Ok(()),
+    }
+}
+
 /// The shape of the model: new, or that of the one to go on from.
 fn config(
     recipe: &Recipe,
@@ -403,6 +431,8 @@ fn windows(
 mod tests {
     use super::*;
     use bitnet_quant::config::RopeScaling;
+
+    use crate::model::Precision;
 
     #[test]
     fn frequencies_that_no_settings_describe_are_found_out_at_once() {
