@@ -60,8 +60,8 @@ fn error_bound(token: &TokenBound, error: f32, row: ByteRow, slack: f32) -> f32 
     row.error * token.norm + row.norm * error + slack * size
 }
 
-/// Between which two numbers the logits of 16 rows lie once noise is added, from the sums of their codes with the high
-/// and the low bytes of a token.
+/// Between which two numbers the logits of 16 rows lie once noise is added, from the sums of their
+/// codes with the high and the low bytes of a token.
 #[inline(always)]
 pub(super) fn logit_bounds(
     token: &TokenBound,
@@ -82,7 +82,8 @@ pub(super) fn logit_bounds(
     (lower, upper)
 }
 
-/// Whether one of the 16 rows can have a logit with noise of `floor` or more, as far as the high bytes tell.
+/// Whether one of the 16 rows can have a logit with noise of `floor` or more, as far as the high
+/// bytes tell.
 #[inline(always)]
 pub(super) fn may_reach(
     floor: f32,
