@@ -14,9 +14,9 @@ use bitnet_core::weights::NormWeights;
 /// Most tokens of one sum: `512 · 127 · 32767 < 2³¹`.
 const SPAN: usize = 512;
 
-/// Most output features of one sum over trits: `65535 · 32767 < 2³¹`. Groups of more are summed in
-/// parts.
-const MAX_ROWS: usize = 65_534;
+/// Most output features of projections that share an input: their sums over trits stay within 32 bits,
+/// `65535 · 32767 < 2³¹`.
+pub(crate) const MAX_ROWS: usize = 65_534;
 
 /// What a group of projections reads.
 #[derive(Debug, Clone, Copy)]

@@ -6,6 +6,7 @@
 //! files nor how a step is computed.
 
 use crate::error::{Error, Result};
+use crate::linear::MAX_ROWS;
 use bitnet_quant::Checkpoint;
 use bitnet_quant::config::ModelConfig;
 use rand_chacha::ChaCha8Rng;
@@ -234,6 +235,15 @@ impl Model {
         }
         if config.projection_norm_eps.is_some() {
             return unsupported("norms inside projections");
+        }
+        let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
+        for (what, rows) in [
+            ("query, key and value features", heads * config.head_dim),
+            ("gate and up features", 2 * config.intermediate_size),
+        ] {
+            if rows > MAX_ROWS {
+                return Err(Error::setting("model", format!("at most {MAX_ROWS} {what}"), rows));
+            }
         }
         Ok(Places::new(config))
     }

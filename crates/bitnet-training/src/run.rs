@@ -335,6 +335,9 @@ impl Run {
     ) -> Result<bool> {
         let probe = self.probe()?;
         let (measured, go_on) = self.measure(&probe, usize::MAX, hear)?;
+        if let Some(measured) = &measured {
+            self.log.measured(measured)?;
+        }
         report.measured = measured;
         let (samples, go_on) = match go_on {
             true => self.sample(&probe, hear)?,

@@ -115,7 +115,7 @@ fn a_toy_model_learns_and_its_exports_agree() {
     }
     let log = std::fs::read_to_string(out.join("log.jsonl")).unwrap();
     let count = |event: &str| log.matches(&format!("\"event\":\"{event}\"")).count();
-    assert_eq!((count("step"), count("eval"), count("sample")), (120, 2, 2));
+    assert_eq!((count("step"), count("eval"), count("sample")), (120, 3, 2));
 
     let prompt = "The fox met the";
     let packed = logits(&out.join("model"), prompt);
@@ -363,6 +363,13 @@ fn a_float_model_teaches_a_ternary_one() {
     let config = std::fs::read_to_string(place.folder.join("model/config.json")).unwrap();
     assert!(config.contains("BitNetForCausalLM") && config.contains("silu"), "{config}");
     let (student, teacher) = (place.folder.join("model"), place_of_teacher.folder.join("model"));
+    let card = |folder: &Path| std::fs::read_to_string(folder.join("README.md")).unwrap();
+    assert!(card(&teacher).contains("tags: [float]"), "{}", card(&teacher));
+    let told = card(&student);
+    assert!(
+        told.contains("tags: [bitnet, ternary]") && told.contains("| taught by | model;"),
+        "{told}"
+    );
     let apart = distance(&logits(&student, "The fox met"), &logits(&teacher, "The fox met"));
     assert!(apart < 0.8, "{apart}");
 }

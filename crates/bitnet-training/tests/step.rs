@@ -250,6 +250,18 @@ fn long_gradients_are_shortened_and_short_ones_kept() {
 }
 
 #[test]
+fn sums_that_may_overflow_are_refused() {
+    let wide = |features| {
+        let shape =
+            ModelRecipe { intermediate_size: Some(features), ..shape(Family::Bitnet, true) };
+        Model::new(shape.config("t", VOCAB, 64).unwrap(), Precision::Ternary, 7)
+    };
+    assert!(wide(32_764).is_ok());
+    let error = wide(32_768).unwrap_err().to_string();
+    assert_eq!(error, "model: expected at most 65534 gate and up features, got 65536");
+}
+
+#[test]
 fn a_new_model_follows_from_its_seed() {
     let model = |seed| {
         let config = shape(Family::Bitnet, false).config("t", VOCAB, 64).unwrap();

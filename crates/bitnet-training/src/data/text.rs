@@ -259,9 +259,13 @@ fn seam(before: &str, after: &str) -> Option<usize> {
 /// The whole text of a plain file, `.xz` or not, for evaluation; without the lines that are `separator`.
 ///
 /// # Errors
-/// A file that cannot be read, is no UTF-8, or is longer than `limit` bytes.
+/// JSON lines; a file that cannot be read, is no UTF-8, or is longer than `limit` bytes.
 pub fn open_text(path: impl AsRef<Path>, separator: &str, limit: u64) -> Result<String> {
     let path = path.as_ref();
+    if let Ok((Format::JsonLines, _)) = format_of(path) {
+        let what = path.display().to_string();
+        return Err(Error::input(what, "plain text to measure on", "a file of JSON lines"));
+    }
     let (source, _) = open_unpacked(path)?;
     let mut bytes = Vec::new();
     source
@@ -426,5 +430,10 @@ mod tests {
         assert_eq!(items.unwrap(), [text("one", true), text("two", true)]);
         assert_eq!(open_text(&path, "<|end|>", 100).unwrap(), "one\ntwo\n");
         assert!(open_text(&path, "", 5).is_err());
+        let error = open_text("held-out.jsonl", "", 5).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "held-out.jsonl: expected plain text to measure on, got a file of JSON lines"
+        );
     }
 }

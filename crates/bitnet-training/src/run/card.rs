@@ -52,7 +52,11 @@ fn head(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
     if let Some(license) = &facts.recipe.license {
         writeln!(card, "license: {}", serde_json::json!(license))?;
     }
-    writeln!(card, "pipeline_tag: text-generation\ntags: [bitnet, ternary]\n---\n")?;
+    let tags = match facts.model.precision() {
+        Precision::Ternary => "bitnet, ternary",
+        Precision::Float => "float",
+    };
+    writeln!(card, "pipeline_tag: text-generation\ntags: [{tags}]\n---\n")?;
     writeln!(card, "# {}\n", facts.name)?;
     if let Some(description) = &facts.recipe.description {
         writeln!(card, "{}\n", description.trim())?;
@@ -88,6 +92,8 @@ fn shape(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
         config.num_key_value_heads,
         config.head_dim
     )?;
+    let all = facts.model.named_parameters().map(|(_, values)| values.len() as u64).sum();
+    writeln!(card, "| parameters | {} |", thousands(all))?;
     writeln!(card, "| projections | {} weights, {kind} |", count(ParameterKind::Projection))?;
     writeln!(card, "| embedding and head | {} weights |", count(ParameterKind::Table))?;
     writeln!(card, "| norms | {} weights |", count(ParameterKind::Norm))?;
@@ -104,6 +110,17 @@ fn training(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
     writeln!(card, "## Training\n\n| | |\n|---|---|")?;
     if let Some(from) = &facts.recipe.from {
         writeln!(card, "| began with | {} |", file_name(from))?;
+    }
+    if let Some(distill) = &facts.recipe.distill {
+        writeln!(
+            card,
+            "| taught by | {}; losses: tokens {}, its logits {} at temperature {}, relations {} |",
+            file_name(&distill.teacher),
+            distill.token,
+            distill.logits,
+            distill.temperature,
+            distill.attention
+        )?;
     }
     writeln!(card, "| tokens | {} |", thousands(position.tokens))?;
     writeln!(card, "| steps | {} |", thousands(position.step))?;
@@ -186,7 +203,7 @@ fn quality(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
     writeln!(
         card,
         "**{:.3} bits a byte** ({:.3} nats a token) on `{name}`: {} bytes, SHA-256 `{}`, in windows of {} \
-         tokens in which every token counts once. Measured by the engine on the ternary model.\n",
+         tokens in which every token counts once. Measured by the engine.\n",
         measured.bits_per_byte,
         measured.nats_per_token,
         thousands(measured.bytes),

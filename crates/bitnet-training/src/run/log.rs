@@ -80,9 +80,14 @@ impl Log {
         ))?;
         self.json_line(&Entry::Step(line))?;
         match measured {
-            Some(measured) => self.json_line(&Entry::Eval(measured)),
+            Some(measured) => self.measured(measured),
             None => Ok(()),
         }
+    }
+
+    /// Logs what was measured after the last step.
+    pub(super) fn measured(&mut self, measured: &Measured) -> Result<()> {
+        self.json_line(&Entry::Eval(measured))
     }
 
     /// Logs a continuation.
