@@ -215,7 +215,10 @@ impl ThreadPool {
         };
         // SeqCst with the loads below: either this thread sees the worker's `asleep`, or the worker,
         // which sets it before its last look at `epoch`, sees the new epoch and does not sleep.
-        shared.epoch.0.store(next, Ordering::SeqCst);
+        // Here and for both sleepers an exchange, though a store would do by the language's rules:
+        // qemu lets a load overtake a sequentially consistent store of an aarch64 guest, and the
+        // sleeper then waits for ever. On x86-64 both are the same instruction.
+        shared.epoch.0.swap(next, Ordering::SeqCst);
         for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
             if asleep.0.load(Ordering::SeqCst) {
                 worker.thread().unpark();
@@ -297,7 +300,7 @@ impl Shared {
         *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread::current());
         loop {
             // SeqCst with `work`: either the last worker sees this flag, or this thread sees 0.
-            self.caller_asleep.store(true, Ordering::SeqCst);
+            self.caller_asleep.swap(true, Ordering::SeqCst);
             if self.unfinished.0.load(Ordering::SeqCst) == 0 {
                 break;
             }
@@ -315,7 +318,7 @@ fn work(shared: &Shared, index: usize) {
         let moved = || shared.epoch.0.load(Ordering::Acquire) != seen;
         if !wait_awake(moved) {
             loop {
-                asleep.store(true, Ordering::SeqCst);
+                asleep.swap(true, Ordering::SeqCst);
                 if shared.epoch.0.load(Ordering::SeqCst) != seen {
                     break;
                 }
