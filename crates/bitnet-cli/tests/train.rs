@@ -72,10 +72,13 @@ fn a_float_teacher_and_its_ternary_student() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (corpus, teacher, student) = (corpus.to_str().unwrap(), path("teacher"), path("student"));
     let mut args = vec!["train", corpus, "--out", &teacher, "--float", "--family", "llama"];
-    args.extend(["--steps", "5"]);
+    args.extend(["--separate-head", "--steps", "5"]);
     args.extend(SMALL);
     stdout(&args);
     let teacher = format!("{teacher}/model");
+    let config = std::fs::read_to_string(Path::new(&teacher).join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["tie_word_embeddings"], false);
     let args = ["distill", &teacher, corpus, "--out", &student, "--steps", "3", "--window", "32"];
     stdout(&args);
     assert!(stdout(&["inspect", &format!("{student}/model")]).contains("bitnet"));

@@ -321,7 +321,17 @@ impl Run {
 
     fn plot(&self) -> Result<()> {
         let name = prepare::name(&self.recipe, &self.folder);
-        match plot::svg(&name, &log::rows(&self.folder)?) {
+        let eval = &self.recipe.eval;
+        let text = eval.text.as_deref().and_then(Path::file_name).unwrap_or_default();
+        let text = text.to_string_lossy();
+        // The whole of a long text is read only at the end.
+        let measured_on = match &self.eval_text {
+            Some(all) if all.len() > eval.bytes => {
+                format!("{text} (its first {} bytes; the last point: all)", eval.bytes)
+            }
+            _ => text.into_owned(),
+        };
+        match plot::svg(&name, &measured_on, &log::rows(&self.folder)?) {
             Some(picture) => write_file(&self.folder.join("loss.svg"), picture.as_bytes()),
             None => Ok(()),
         }

@@ -12,7 +12,7 @@ use super::{Measured, Sampled};
 use crate::checkpoint::Position;
 use crate::data::{Corpus, hex};
 use crate::model::{Model, ParameterKind, Precision};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, ScheduleName, TrainRecipe};
 
 /// Everything a card tells.
 pub(super) struct Facts<'a> {
@@ -132,19 +132,11 @@ fn training(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
         train.rows * train.accumulate,
         train.window
     )?;
-    let name = serde_json::to_value(train.schedule).ok();
-    let name = name.as_ref().and_then(|name| name.as_str()).unwrap_or_default();
+    writeln!(card, "| learning rate | {} |", schedule(train))?;
     writeln!(
         card,
-        "| learning rate | {name}, at most {:e}, warm-up {} %, floor {} % |",
-        train.rate,
-        percent(train.warmup),
-        percent(train.floor)
-    )?;
-    writeln!(
-        card,
-        "| optimizer | AdamW, betas {} and {}, weight decay {}, gradients clipped at {} |",
-        train.betas[0], train.betas[1], train.weight_decay, train.clip
+        "| optimizer | AdamW, betas {} and {}, epsilon {:e}, weight decay {}, gradients clipped at {} |",
+        train.betas[0], train.betas[1], train.epsilon, train.weight_decay, train.clip
     )?;
     writeln!(card, "| seed | {} |", facts.recipe.seed)?;
     writeln!(card, "| made with | bitnet {} |\n", env!("CARGO_PKG_VERSION"))?;
@@ -152,6 +144,27 @@ fn training(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
         writeln!(card, "![loss](loss.svg)\n")?;
     }
     Ok(())
+}
+
+/// How the rate changed, in words.
+fn schedule(train: &TrainRecipe) -> String {
+    let TrainRecipe { rate, switch, second_rate, .. } = *train;
+    let shape = match train.schedule {
+        ScheduleName::TwoStage => format!(
+            "two-stage: a cosine from {rate:e}, from {} % on one from {:e} without weight decay",
+            percent(switch),
+            rate * second_rate
+        ),
+        ScheduleName::Trapezoid => {
+            format!("trapezoid: {rate:e}, falling in a line from {} % on", percent(switch))
+        }
+        ScheduleName::Cosine => format!("a cosine from {rate:e}"),
+    };
+    format!(
+        "{shape}; warm-up {} %, floor {} % of {rate:e}",
+        percent(train.warmup),
+        percent(train.floor)
+    )
 }
 
 fn data(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {

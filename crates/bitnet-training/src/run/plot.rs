@@ -14,8 +14,9 @@ const GAP: f64 = 52.0;
 /// Most points drawn of a curve.
 const POINTS: usize = 600;
 
-/// A picture of `rows`, or `None` where there are too few to see anything.
-pub(super) fn svg(name: &str, rows: &[Row]) -> Option<String> {
+/// A picture of `rows`, or `None` where there are too few to see anything; `measured_on` says which text
+/// the bits a byte are of.
+pub(super) fn svg(name: &str, measured_on: &str, rows: &[Row]) -> Option<String> {
     let losses: Vec<(f64, f64)> =
         rows.iter().filter(|row| row.loss.is_finite()).map(|row| (row.tokens, row.loss)).collect();
     let bits: Vec<(f64, f64)> =
@@ -42,7 +43,7 @@ pub(super) fn svg(name: &str, rows: &[Row]) -> Option<String> {
     panel.curve(&mut out, &smooth, "#1f4e8c", 2.0);
     if two {
         let panel = Panel::new(TOP + PANEL + GAP, end, &bits, None);
-        panel.frame(&mut out, "held-out text, bits a byte");
+        panel.frame(&mut out, &escape(&format!("bits a byte of {measured_on}")));
         panel.curve(&mut out, &bits, "#a8431f", 2.0);
         let (x, y) = *bits.last()?;
         let (px, py) = (panel.x(x), panel.y(y));
@@ -180,14 +181,17 @@ mod tests {
                 bits_per_byte: (i % 1000 == 0).then(|| 1.5 + 1.0 / f64::from(i)),
             })
             .collect();
-        let picture = svg("a < b & c", &rows).unwrap();
+        let picture = svg("a < b & c", "held-out & kept.txt", &rows).unwrap();
         assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n"));
         assert!(picture.contains("a &lt; b &amp; c"));
-        assert!(picture.contains("nats a token") && picture.contains("bits a byte"));
+        assert!(
+            picture.contains("nats a token")
+                && picture.contains("bits a byte of held-out &amp; kept.txt")
+        );
         assert!(picture.len() < 64 << 10, "{} bytes", picture.len());
         assert!(!picture.contains("NaN") && !picture.contains("inf"));
-        assert!(svg("few", &rows[..1]).is_none());
-        let alone = svg("short", &rows[..10]).unwrap();
+        assert!(svg("few", "text", &rows[..1]).is_none());
+        let alone = svg("short", "text", &rows[..10]).unwrap();
         assert!(!alone.contains("bits a byte"));
     }
 

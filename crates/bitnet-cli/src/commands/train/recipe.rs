@@ -55,6 +55,9 @@ pub(super) struct ModelArgs {
     /// Feed-forward activation: relu2 or silu
     #[arg(long, value_name = "NAME")]
     hidden_act: Option<String>,
+    /// A head of its own, not the embedding turned around
+    #[arg(long)]
+    separate_head: bool,
 }
 
 /// Families with flags of their own.
@@ -233,6 +236,9 @@ impl ModelArgs {
         set(&mut model.num_attention_heads, &self.heads);
         set(&mut model.num_key_value_heads, &self.kv_heads);
         set(&mut model.hidden_act, &self.hidden_act);
+        if self.separate_head {
+            model.tie_word_embeddings = Some(false);
+        }
         if let Some(family) = self.family {
             model.family = Some(match family {
                 FamilyArg::Bitnet => Family::Bitnet,
