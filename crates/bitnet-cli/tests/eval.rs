@@ -34,7 +34,7 @@ fn values_agree_with_each_other_and_with_the_text() {
     let bits = nats * tokens / std::f64::consts::LN_2;
     assert!((number(&found, "perplexity") - nats.exp()).abs() < 1e-9 * nats.exp());
     assert!((number(&found, "bits_per_byte") - bits / number(&found, "bytes")).abs() < 1e-12);
-    assert_eq!(tokens, 64.0 * number(&found, "windows"));
+    assert_eq!((tokens / 64.0).ceil(), number(&found, "windows"));
     // The model was trained on fairy tales, this one too: far better than chance, far from certain.
     assert!((0.5..3.0).contains(&number(&found, "bits_per_byte")), "{found}");
 }

@@ -1,9 +1,10 @@
 //! How well a model predicts a text: nats per token, perplexity, bits per byte.
 //!
 //! A text longer than the context is read in windows; [`EvalMode`] says where they begin and which
-//! of their tokens count. Only whole windows count, and what is left at the end of the text does
-//! not; a text shorter than one window is one window. Where the tokenizer starts a prompt with a
-//! beginning-of-sequence token, every window starts with it: it replaces the window's first token.
+//! of their tokens count. What is left at the end of the text counts in full mode only, where the last
+//! window may be shorter; a text shorter than one window is one window. Where the tokenizer starts a
+//! prompt with a beginning-of-sequence token, every window starts with it: it replaces the window's
+//! first token.
 
 use std::ops::{ControlFlow, Range};
 
@@ -189,8 +190,12 @@ fn plan(n_tokens: usize, context: usize, options: &EvalOptions) -> Result<(usize
     };
     let mut windows = Vec::new();
     let mut start = 0;
-    while window > 0 && start + window + extra <= n_tokens {
-        let fed = start..start + window + extra;
+    let least = match options.mode {
+        EvalMode::Full => 2,
+        EvalMode::SecondHalf | EvalMode::Sliding { .. } => window,
+    };
+    while window > 0 && start + least <= n_tokens {
+        let fed = start..(start + window + extra).min(n_tokens);
         let first = match options.mode {
             EvalMode::SecondHalf => start + window / 2 + 1,
             EvalMode::Sliding { stride } if start > 0 => fed.end - stride,
@@ -232,7 +237,9 @@ mod tests {
     #[test]
     fn full_windows_count_each_token_once() {
         let found = windows(21, 8, EvalMode::Full);
-        assert_eq!(found, [(0..9, 1..9), (8..17, 9..17)]);
+        assert_eq!(found, [(0..9, 1..9), (8..17, 9..17), (16..21, 17..21)]);
+        assert_eq!(windows(17, 8, EvalMode::Full), [(0..9, 1..9), (8..17, 9..17)]);
+        assert_eq!(windows(18, 8, EvalMode::Full)[2], (16..18, 17..18));
     }
 
     #[test]

@@ -216,12 +216,12 @@ fn quality(facts: &Facts<'_>, card: &mut String) -> std::fmt::Result {
     writeln!(
         card,
         "**{:.3} bits a byte** ({:.3} nats a token) on `{name}`: {} bytes, SHA-256 `{}`, in windows of {} \
-         tokens in which every token counts once. Measured by the engine.\n",
+         tokens; all tokens but the first count, once. Measured by the engine.\n",
         measured.bits_per_byte,
         measured.nats_per_token,
-        thousands(measured.bytes),
+        thousands(text.len() as u64),
         hex(&Sha256::digest(text.as_bytes())),
-        facts.recipe.train.window,
+        measured.window,
     )
 }
 

@@ -177,8 +177,14 @@ mod tests {
     #[test]
     fn a_resumed_log_holds_each_step_once() {
         let folder = tempfile::tempdir().unwrap();
-        let measured =
-            Measured { step: 2, bits_per_byte: 1.5, nats_per_token: 4.0, tokens: 9, bytes: 20 };
+        let measured = Measured {
+            step: 2,
+            bits_per_byte: 1.5,
+            nats_per_token: 4.0,
+            window: 8,
+            tokens: 9,
+            bytes: 20,
+        };
         let mut log = Log::open(folder.path(), 0).unwrap();
         for step in 1..=5 {
             log.step(&line(step), (step == 2).then_some(&measured)).unwrap();

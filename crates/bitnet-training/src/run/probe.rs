@@ -28,6 +28,8 @@ pub struct Measured {
     pub bits_per_byte: f64,
     /// Mean negative log-probability of a token.
     pub nats_per_token: f64,
+    /// Most tokens that one could be predicted from.
+    pub window: usize,
     /// Tokens that counted.
     pub tokens: u64,
     /// Bytes of text they stand for.
@@ -107,6 +109,7 @@ impl Probe {
             step: self.step,
             bits_per_byte: found.bits_per_byte(),
             nats_per_token: found.nats_per_token(),
+            window: found.window,
             tokens: found.tokens,
             bytes: found.bytes,
         })
