@@ -422,6 +422,25 @@ mod tests {
     }
 
     #[test]
+    fn who_is_about_to_sleep_is_woken() {
+        // Parts that end just when the caller gives up waiting awake, and the other way round.
+        let pool = ThreadPool::new(2).unwrap();
+        let busy = |time: Duration| {
+            let start = Instant::now();
+            while start.elapsed() < time {
+                std::hint::spin_loop();
+            }
+        };
+        for round in 0..3000 {
+            let late = YIELD + Duration::from_nanos(round * 7 % 20_000);
+            pool.run(&|i| busy(if i == 0 { Duration::ZERO } else { late }));
+            if round % 4 == 0 {
+                busy(late);
+            }
+        }
+    }
+
+    #[test]
     fn a_worker_that_does_not_run_holds_nobody_up() {
         let pool = ThreadPool::new(2).unwrap();
         let shared = &*pool.shared;
