@@ -431,13 +431,18 @@ mod tests {
                 std::hint::spin_loop();
             }
         };
+        let calls = AtomicU64::new(0);
         for round in 0..3000 {
             let late = YIELD + Duration::from_nanos(round * 7 % 20_000);
-            pool.run(&|i| busy(if i == 0 { Duration::ZERO } else { late }));
+            pool.run(&|i| {
+                busy(if i == 0 { Duration::ZERO } else { late });
+                calls.fetch_add(1, Ordering::Relaxed);
+            });
             if round % 4 == 0 {
                 busy(late);
             }
         }
+        assert_eq!(calls.into_inner(), 2 * 3000);
     }
 
     #[test]

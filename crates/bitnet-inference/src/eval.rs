@@ -21,7 +21,7 @@ pub enum EvalMode {
     #[default]
     SecondHalf,
     /// Every token but the first of the text counts once: each window predicts `n` tokens, and the
-    /// next one begins with the last of them.
+    /// next one begins with the last of them. The last window predicts what is left.
     Full,
     /// A window begins every `stride` tokens and its last `stride` tokens count; of the first
     /// window, all but its first token do.

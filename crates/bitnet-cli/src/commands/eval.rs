@@ -27,8 +27,9 @@ Modes, for windows of N tokens:
   half     what llama-perplexity does: windows side by side; the tokens after position N/2 count
   full     every token but the first counts once; a window begins with the last of the one before
   sliding  a window begins every --stride tokens, and its last --stride tokens count
-In the others than full only whole windows count. Where the model starts prompts with a BOS token, it
-replaces the first token of every window. Bits per byte compares models whose tokenizers differ; perplexity does not.";
+Only full counts the end of a text that no whole window holds. Where the model starts prompts with
+a BOS token, it replaces the first token of every window. Bits per byte compares models whose
+tokenizers differ; perplexity does not.";
 
 /// Arguments of `bitnet eval`.
 #[derive(Debug, Args)]
